@@ -24,8 +24,26 @@ def raise_all(mistakes: Sequence[Mistake]) -> None:
 
 
 @contextlib.contextmanager
+def told_as(what: object, wanted: object, fix: str, *kinds: type[Exception]) -> Iterator[None]:
+  """Turns an exception of these kinds, raised by what is not ours, into a Mistake that quotes it.
+
+  With `Exception` for files in a library's format: what it raises for a damaged one is its secret.
+  """
+  try:
+    yield
+  except Mistake:
+    raise
+  except kinds as e:
+    first = f'{e}'.strip().splitlines()[:1]
+    raise mistake(what, ': '.join([type(e).__name__, *first])[:300], wanted, fix) from e
+
+
+@contextlib.contextmanager
 def told_plainly() -> Iterator[None]:
   """Turns a Mistake into its message on stderr and exit code 2: for the door of an entry."""
+  # What a terminal cannot show is no reason to lose a run, or its result.
+  if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
+    sys.stdout.reconfigure(errors='backslashreplace')
   try:
     yield
   except Mistake as e:

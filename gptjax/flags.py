@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gptjax.errors import Mistake, mistake, raise_all, told_plainly
+from gptjax.errors import Mistake, mistake, raise_all, told_as, told_plainly
 
 
 def run(main: Callable[[ConfigDict], None], doc: str | None) -> None:
@@ -112,7 +112,8 @@ def _load(where: str) -> ConfigDict:
   if spec is None:
     raise mistake('--config', path, 'a Python file (.py)', 'one of configs/')
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with told_as(f'--config={path}', 'a config file that Python can run', 'mending it', Exception):
+    spec.loader.exec_module(module)
   if not hasattr(module, 'get_config'):
     raise mistake('--config', f'{path} without get_config()', 'one with it', 'one of configs/')
   try:
@@ -120,7 +121,12 @@ def _load(where: str) -> ConfigDict:
   except TypeError as e:
     got = f'{where} ({e})'
     raise mistake('--config', got, f'{path}{"" if argument else ":something"}', 'that') from e
-  return module.get_config(*argument).lock()
+  with told_as(f'--config={where}', 'a get_config() that runs', 'mending it', Exception):
+    config = module.get_config(*argument)
+  if not isinstance(config, ConfigDict):
+    got = f'get_config() that returns {type(config).__name__}'
+    raise mistake(f'--config={where}', got, 'an ml_collections.ConfigDict', 'one of configs/')
+  return config.lock()
 
 
 def _knobs(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:

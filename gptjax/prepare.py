@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from gptjax import flags
 from gptjax.data import shards, sources, spool
 from gptjax.data import tokenizer as tokenizers
-from gptjax.errors import Mistake, mistake, raise_all
+from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 # A tokenizer is trained on the first training documents, in seeded order, up to this much text.
 TOKENIZER_BYTES = 10_000_000
@@ -104,21 +104,27 @@ def prepare(recipe: Recipe, out: str, workers: int) -> tuple[shards.Corpus, bool
   source = sources.find(recipe.source, recipe.text_column, recipe.on_bad_text == 'skip')
   given = None if recipe.tokenizer == 'train' else _given_tokenizer(recipe.tokenizer)
   target = pathlib.Path(out)
-  with _processes(workers) as run:
-    asked = _asked(recipe, source, given, run)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-      _refuse_unlike(out, asked)
-      return shards.describe(out), False
-    work = target.with_name(target.name + '.incomplete')
-    shutil.rmtree(work, ignore_errors=True)  # of a preparation that died
-    work.mkdir(parents=True)
-    try:
-      _make(recipe, source, given, asked, str(work), run)
-      work.rename(target)
-    except BaseException:
+  work = target.with_name(target.name + '.incomplete')
+  there = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+  try:
+    with (
+      told_as(f'out {out!r}', 'a folder that can be made', 'another --config.out', OSError),
+      _processes(workers) as run,
+    ):
+      if not there:  # first, so that a place where nothing can be made costs no reading
+        shutil.rmtree(work, ignore_errors=True)  # of a preparation that died
+        work.mkdir(parents=True)
+      asked = _asked(recipe, source, given, run)
+      if there:
+        _refuse_unlike(out, asked)
+      else:
+        _make(recipe, source, given, asked, str(work), run)
+        work.rename(target)
+  except BaseException:
+    if not there:
       shutil.rmtree(work, ignore_errors=True)
-      raise
-  return shards.describe(out), True
+    raise
+  return shards.describe(out), not there
 
 
 def table(corpus: shards.Corpus) -> str:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
 from gptjax import metrics  # noqa: E402
-from gptjax.errors import Mistake, mistake, raise_all, told_plainly  # noqa: E402
+from gptjax.errors import Mistake, mistake, raise_all, told_as, told_plainly  # noqa: E402
 
 # Okabe & Ito 2008: told apart by colour-blind readers too. Their yellow is too pale for a line.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
@@ -63,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   if not out.parent.is_dir():
     raise mistake('--out', out, 'a file in a folder that exists', f'mkdir -p {out.parent}')
   figure = draw(runs)
-  figure.savefig(out)
-  plt.close(figure)
   print(table(runs))
+  with told_as(out, 'a place to write to', '--out=report.png', OSError):
+    figure.savefig(out)
+  plt.close(figure)
   print(f'drawn in {out}')
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.errors import Mistake, mistake, raise_all, told_plainly
+from gptjax.errors import Mistake, mistake, raise_all, told_as, told_plainly
 
 texts = st.text(min_size=1)
 
@@ -57,3 +57,25 @@ def test_a_program_at_the_door_shows_no_traceback(run_python):
   code = 'from gptjax.errors import *\nwith told_plainly(): raise Mistake("no such thing")'
   done = run_python(code, timeout=60, code=2)
   assert done.stderr == 'error: no such thing\n'
+
+
+def test_what_a_library_raises_is_quoted_in_one_line():
+  with pytest.raises(Mistake) as caught, told_as('a.json', 'JSON', 'mending it', ValueError):
+    raise UnicodeError('first\nsecond')
+  assert str(caught.value) == 'a.json: got UnicodeError: first, wanted JSON; try mending it'
+  assert isinstance(caught.value.__cause__, UnicodeError)
+  with pytest.raises(Mistake, match='got KeyError, wanted'), told_as('a', 'b', 'c', Exception):
+    raise KeyError
+
+
+def test_a_mistake_or_another_kind_of_error_is_not_quoted():
+  with pytest.raises(Mistake, match='^mine$'), told_as('a', 'b', 'c', Exception):
+    raise Mistake('mine')
+  with pytest.raises(KeyError), told_as('a', 'b', 'c', OSError):
+    raise KeyError
+
+
+def test_what_a_terminal_cannot_show_ends_no_program(run_python):
+  code = "from gptjax.errors import *\nwith told_plainly(): print('5 … 9')"
+  env = {'PYTHONIOENCODING': 'ascii'}
+  assert run_python(code, timeout=60, env=env).stdout == '5 \\u2026 9\n'

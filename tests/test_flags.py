@@ -117,6 +117,10 @@ def test_all_mistakes_at_once(config_file):
     (['--config=README'], 'wanted a Python file'),
     (['--config=empty.py'], r'empty.py without get_config\(\)'),
     (['--config=plain.py:large'], r'plain.py:large \(too many positional arguments\)'),
+    (['--config=plain.py'], r'plain.py: got get_config\(\) that returns int'),
+    (['--config=broken.py'], r'broken.py: got SyntaxError: .*broken.py, line 2\)'),
+    (['--config=lost.py'], 'lost.py: got ModuleNotFoundError: .*nowhere'),
+    (['--config=raises.py'], r'raises.py: got KeyError.*, wanted a get_config\(\) that runs'),
   ],
 )
 def test_no_config(tmp_path, monkeypatch, words, message):
@@ -125,6 +129,9 @@ def test_no_config(tmp_path, monkeypatch, words, message):
     'README': '',
     'empty.py': '',
     'plain.py': 'def get_config(): return 1',
+    'broken.py': '\ndef get_config(:',
+    'lost.py': 'import nowhere',
+    'raises.py': 'def get_config(): return {}["x"]',
   }.items():
     (tmp_path / name).write_text(text)
   with pytest.raises(Mistake, match=message):

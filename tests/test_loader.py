@@ -1,5 +1,7 @@
 """The order of the data is a function of two integers, and rows land where they belong."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -84,10 +86,17 @@ def test_prefetch_keeps_order_and_raises_what_making_raised():
     next(got)
 
 
-def test_prefetch_works_ahead_and_no_further_than_told():
-  made = []
-  ahead = loader.prefetch(lambda i: made.append(i), range(100), 3)
-  next(ahead)
-  next(ahead)
+@pytest.mark.parametrize('depth', [0, 1, 3])
+def test_prefetch_works_ahead_as_far_as_told(depth):
+  asked = []
+  items = (asked.append(i) or i for i in range(100))
+  ahead = loader.prefetch(lambda i: i, items, depth)
+  for i in range(4):
+    next(ahead)
+    assert len(asked) == i + 1 + depth
   ahead.close()
-  assert 2 <= len(made) <= 5
+
+
+def test_prefetch_makes_in_another_thread():
+  made = dict(loader.prefetch(lambda i: threading.current_thread(), range(3), 1))
+  assert threading.current_thread() not in made.values()

@@ -206,6 +206,7 @@ def test_wrong_knobs_are_told_together(tmp_path, folder):
     ({'sorce': 'x'}, '--config.sorce: got an unknown key.*try --config.source'),
     ({'context': 'long'}, '--config.context=long: got .* wanted int'),
     ({'out': ''}, 'out: got none'),
+    ({'out': 'good.jsonl/out'}, "out 'good.jsonl/out': got NotADirectoryError"),
     ({'source': ''}, 'source: got none'),
     ({'workers': -1}, 'workers: got -1'),
     ({'source': 'nowhere'}, "corpus: got 'nowhere', which does not exist"),

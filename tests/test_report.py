@@ -191,6 +191,13 @@ def test_an_out_that_cannot_be_is_a_mistake(run, tmp_path, out):
     report.main([str(run('a', [5.0])), f'--out={tmp_path / out}'])
 
 
+def test_a_picture_that_cannot_be_written_is_told_after_the_table(run, tmp_path, capsys):
+  (tmp_path / 'a' / 'report.png').mkdir(parents=True)
+  with pytest.raises(Mistake, match='report.png: got IsADirectoryError'):
+    report.main([str(run('a', [5.0]))])
+  assert 'train loss' in capsys.readouterr().out
+
+
 def test_as_a_program_it_tells_a_mistake_plainly(run_python, tmp_path):
   done = run_python(['-m', 'gptjax.report', tmp_path / 'none'], timeout=120, code=2)
   assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1

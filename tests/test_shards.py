@@ -272,13 +272,52 @@ def test_damage_is_told(texts, tmp_path):
     with pytest.raises(Mistake, match=state):
       shards.open_split(folder, 'train')
     (folder / name).write_bytes(text)
-  (folder / 'metadata.json').write_text('{"a":')
-  with pytest.raises(Mistake, match='damaged metadata.json'):
-    shards.describe(folder)
   with pytest.raises(Mistake, match='does not exist'):
     shards.describe(tmp_path / 'nowhere')
   with pytest.raises(Mistake, match='split: got test'):
     shards.open_split(folder, 'test')
+
+
+@pytest.mark.parametrize(
+  'name', ['metadata.json', 'dataset_info.json', 'features.json', 'tokenizer.json']
+)
+@pytest.mark.parametrize('text', [None, '', '[]', '{}', '{"a":', '{"files": 3}', '\xff'])
+def test_damaged_metadata_is_told(texts, tmp_path, name, text):
+  folder = pathlib.Path(make(tmp_path, texts[:20]).folder)
+  if text is None:
+    (folder / name).unlink()
+  else:
+    (folder / name).write_bytes(text.encode('latin-1'))
+  with pytest.raises(Mistake, match='; try '):
+    shards.open_split(folder, 'train')[0]
+
+
+def test_metadata_of_another_shape_is_told(texts, tmp_path):
+  path = pathlib.Path(make(tmp_path, texts[:20]).folder) / 'metadata.json'
+  whole = json.loads(path.read_text())
+  for key, value in (('files', []), ('corpus', None), ('corpus', {'train': {}})):
+    path.write_text(json.dumps(whole | {key: value}))
+    with pytest.raises(Mistake, match='wanted what gptjax.prepare wrote'):
+      shards.describe(path.parent)
+
+
+def test_another_tokenizer_than_the_one_of_the_windows_is_told(texts, tmp_path):
+  corpus = make(tmp_path, texts, tokenizer='train')
+  tokenizers.Bytes().save(corpus.folder)
+  with pytest.raises(Mistake, match='which made its windows'):
+    shards.describe(corpus.folder)
+
+
+def test_a_damaged_record_is_told_when_it_is_read(texts, tmp_path):
+  corpus = make(tmp_path, texts)
+  for shard in pathlib.Path(corpus.folder).glob('corpus-train*'):
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2 :: 97] = bytes(len(data[len(data) // 2 :: 97]))
+    shard.write_bytes(data)
+  windows = shards.open_split(corpus.folder, 'train')
+  with pytest.raises(Mistake, match="window .* of .*'train'.*wanted a readable record"):
+    for i in range(len(windows)):
+      windows[i]
 
 
 def test_a_failure_on_the_way_leaves_nothing(texts, tmp_path, monkeypatch):

@@ -183,7 +183,7 @@ def test_damaged_file_raises_even_if_bad_text_is_skipped(tmp_path, name, damage)
     pack(path, json_lines(TEXTS).encode())
   data = path.read_bytes()
   path.write_bytes(data[: len(data) // 2] if damage == 'cut' else b'garbage' + data)
-  with pytest.raises(Mistake, match=f'{name}: got an unreadable file'):
+  with pytest.raises(Mistake, match=f'{name}: got .*, wanted a readable file'):
     read_all(path, skip=True)
 
 

@@ -144,6 +144,20 @@ def test_load_refuses(trained, tmp_path):
     tokenizers.load(tmp_path)
 
 
+@pytest.mark.parametrize('card', ['', '[]', '{}', '{"kind": "bytes"}', '\xff'])
+def test_a_damaged_card_is_told(tmp_path, card):
+  (tmp_path / 'tokenizer.json').write_bytes(card.encode('latin-1'))
+  with pytest.raises(Mistake, match='tokenizer.json: got .*, wanted the kind and identity'):
+    tokenizers.load(tmp_path)
+
+
+def test_a_model_that_is_gone_is_told(trained, tmp_path):
+  trained.save(tmp_path)
+  (tmp_path / 'tokenizer.model').unlink()
+  with pytest.raises(Mistake, match='tokenizer.model: got FileNotFoundError'):
+    tokenizers.load(tmp_path)
+
+
 def test_foreign_model_that_changes_text_is_refused(tmp_path):
   import sentencepiece
 

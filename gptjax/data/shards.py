@@ -15,12 +15,13 @@ from etils import epath
 from gptjax.data import spool
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import Mistake, mistake, raise_all
+from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 TRAIN, VALIDATION = 'train', 'validation'
 # Raised whenever the same documents and knobs would give other bytes.
 FORMAT = 1
 _METADATA = 'metadata.json'  # where TFDS keeps a dataset's MetadataDict
+AGAIN = 'copying the corpus or preparing it again'
 # One record a chunk reads fastest at random; tokens hardly compress.
 _RECORDS = 'group_size:1,uncompressed'
 
@@ -251,11 +252,16 @@ def finish(
 def describe(folder: str) -> Corpus:
   """What a prepared folder holds. Raises Mistake if it is missing, unfinished or damaged."""
   metadata = _metadata(folder)
-  raise_all(list(_damage(folder, metadata['files'])))
-  about = metadata['corpus']
-  for split in (TRAIN, VALIDATION):
-    about[split] = Split(**about[split])
-  return Corpus(folder=str(folder), **about)
+  with told_as(epath.Path(folder) / _METADATA, 'what gptjax.prepare wrote', AGAIN, Exception):
+    raise_all(list(_damage(folder, metadata['files'])))
+    about = metadata['corpus']
+    splits = {split: Split(**about[split]) for split in (TRAIN, VALIDATION)}
+    corpus = Corpus(**about | splits | {'folder': str(folder)})
+  tokenizer = tokenizers.load(folder)
+  if tokenizer.identity != corpus.tokenizer:
+    got, wanted = tokenizer.identity[:12], f'{corpus.tokenizer[:12]}, which made its windows'
+    raise mistake(f'tokenizer in {folder}', got, wanted, AGAIN)
+  return corpus
 
 
 def unlike(folder: str, asked: Mapping[str, object]) -> list[str]:
@@ -280,7 +286,8 @@ class Windows:
 
   def __init__(self, folder: str, split: str):
     self._folder, self._split = str(folder), split
-    self._source = tfds.builder_from_directory(folder).as_data_source(split)
+    with told_as(f'corpus {folder!r}', 'a TFDS dataset', AGAIN, Exception):
+      self._source = tfds.builder_from_directory(folder).as_data_source(split)
     self._length = len(self._source)
 
   def __len__(self) -> int:
@@ -289,7 +296,8 @@ class Windows:
   def __getitem__(self, index: int) -> np.ndarray:
     if not 0 <= index < self._length:
       raise IndexError(f'window {index} of {self._length}')
-    return self._source[index]['tokens']
+    with told_as(f'window {index} of {self!r}', 'a readable record', AGAIN, RuntimeError):
+      return self._source[index]['tokens']
 
   def __repr__(self) -> str:
     return f'Windows({self._folder!r}, {self._split!r})'
@@ -343,7 +351,6 @@ def _no_windows(split: str, holds: Mapping[str, Split], context: int) -> Mistake
 
 def _metadata(folder: str) -> dict:
   path = epath.Path(folder)
-  again = 'running gptjax.prepare with this folder as --config.out'
   if not path.exists():
     state = 'does not exist'
     if epath.Path(f'{str(path).rstrip("/")}.incomplete').exists():
@@ -351,14 +358,13 @@ def _metadata(folder: str) -> dict:
   elif not (path / _METADATA).exists() or not (path / 'dataset_info.json').exists():
     state = 'is not a prepared corpus'
   else:
-    try:
-      metadata = json.loads((path / _METADATA).read_text())
-      if {'format', 'corpus', 'asked', 'files'} <= metadata.keys():
-        return metadata
-      state = 'is a dataset gptjax.prepare did not make'
-    except ValueError:
-      state = f'has a damaged {_METADATA}'
-  raise mistake('corpus', f'{folder!r}, which {state}', 'a prepared corpus', again)
+    with told_as(path / _METADATA, 'what gptjax.prepare wrote', AGAIN, OSError, ValueError):
+      metadata = json.loads((path / _METADATA).read_bytes())
+    if isinstance(metadata, dict) and {'format', 'corpus', 'asked', 'files'} <= metadata.keys():
+      return metadata
+    state = 'is a dataset gptjax.prepare did not make'
+  fix = 'running gptjax.prepare with this folder as --config.out'
+  raise mistake('corpus', f'{folder!r}, which {state}', 'a prepared corpus', fix)
 
 
 def _damage(folder: str, files: Mapping[str, int]) -> Iterator[Mistake]:
@@ -366,4 +372,4 @@ def _damage(folder: str, files: Mapping[str, int]) -> Iterator[Mistake]:
     path = epath.Path(folder) / name
     found = f'{path.stat().length} bytes' if path.exists() else 'no such file'
     if found != f'{size} bytes':
-      yield mistake(str(path), found, f'{size} bytes', 'copying the corpus or preparing it again')
+      yield mistake(str(path), found, f'{size} bytes', AGAIN)

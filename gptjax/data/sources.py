@@ -17,12 +17,13 @@ from typing import Any, BinaryIO
 import zstandard
 from etils import epath
 
-from gptjax.errors import Mistake, mistake
+from gptjax.errors import mistake, told_as
 
 STDLIB = 'stdlib'
 # In a folder only these are read; a glob or a file's own name may ask for any other text file.
 SUFFIXES = ('.txt', '.jsonl', '.parquet')
 PACKINGS = ('', '.gz', '.zst')
+READABLE = 'a readable file', 'fetching it again'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +100,8 @@ def read(source: Source, file: str, skipped: collections.Counter[str]) -> Iterat
 @contextlib.contextmanager
 def raw(file: str) -> Iterator[BinaryIO]:
   """A file's bytes as they lie. Raises Mistake if it cannot be read."""
-  try:
-    with epath.Path(file).open('rb') as f:
-      yield f
-  except OSError as e:
-    raise _unreadable(file, e) from e
+  with told_as(file, *READABLE, OSError), epath.Path(file).open('rb') as f:
+    yield f
 
 
 class _BadText(Exception):
@@ -192,22 +190,19 @@ def _read_parquet(source: Source, file: str) -> Iterator[tuple[str, Any]]:
     raise mistake(
       file, 'a Parquet file, but no pyarrow', 'pyarrow installed', "pip install -e '.[parquet]'"
     ) from e
-  with _opened(file) as f:
-    try:
-      table, row = pq.ParquetFile(f), 0
-      if source.text_column not in table.schema_arrow.names:
-        detail = _no_column(source.text_column, table.schema_arrow.names)
-        raise mistake(file, f'no text column ({detail})', 'it', 'another --config.text_column')
-      # Small batches: a document may be megabytes.
-      for batch in table.iter_batches(batch_size=64, columns=[source.text_column]):
-        for value in batch.column(0):
-          row += 1
-          try:
-            yield f'{file}:{row}', value.as_py()
-          except UnicodeError as e:
-            yield f'{file}:{row}', e
-    except pa.ArrowException as e:
-      raise _unreadable(file, e) from e
+  with _opened(file) as f, told_as(file, *READABLE, pa.ArrowException):
+    table, row = pq.ParquetFile(f), 0
+    if source.text_column not in table.schema_arrow.names:
+      detail = _no_column(source.text_column, table.schema_arrow.names)
+      raise mistake(file, f'no text column ({detail})', 'it', 'another --config.text_column')
+    # Small batches: a document may be megabytes.
+    for batch in table.iter_batches(batch_size=64, columns=[source.text_column]):
+      for value in batch.column(0):
+        row += 1
+        try:
+          yield f'{file}:{row}', value.as_py()
+        except UnicodeError as e:
+          yield f'{file}:{row}', e
 
 
 def _no_column(wanted: str, columns: Any) -> str:
@@ -219,21 +214,14 @@ def _no_column(wanted: str, columns: Any) -> str:
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[BinaryIO]:
   """The file's bytes, unpacked; what the system or the packing complains of is a Mistake."""
-  try:
-    with raw(file) as packed:
-      if file.endswith('.gz'):
-        with gzip.open(packed) as f:
-          yield f
-      elif file.endswith('.zst'):
-        yield io.BufferedReader(_Zstandard(packed), 1 << 20)
-      else:
-        yield packed
-  except (OSError, EOFError, zlib.error) as e:
-    raise _unreadable(file, e) from e
-
-
-def _unreadable(file: str, e: Exception) -> Mistake:
-  return mistake(file, f'an unreadable file ({e})', 'a readable one', 'fetching it again')
+  with told_as(file, *READABLE, OSError, EOFError, zlib.error), raw(file) as packed:
+    if file.endswith('.gz'):
+      with gzip.open(packed) as f:
+        yield f
+    elif file.endswith('.zst'):
+      yield io.BufferedReader(_Zstandard(packed), 1 << 20)
+    else:
+      yield packed
 
 
 class _Zstandard(io.RawIOBase):

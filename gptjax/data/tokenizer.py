@@ -11,7 +11,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from gptjax.errors import mistake
+from gptjax.errors import mistake, told_as
 
 END_OF_TEXT = '<|endoftext|>'
 CARD = 'tokenizer.json'  # kind and identity, beside whatever files the kind needs
@@ -153,7 +153,7 @@ def load(path: str) -> Tokenizer:
   """
   path = epath.Path(path)
   if path.is_file():
-    return SentencePiece(path.read_bytes())
+    return SentencePiece(_bytes_of(path))
   card = path / CARD
   if not card.exists():
     raise mistake(
@@ -162,24 +162,29 @@ def load(path: str) -> Tokenizer:
       'a folder with a saved tokenizer, or a .model file',
       'the folder of a prepared corpus',
     )
-  card = json.loads(card.read_text())
+  with told_as(card, 'the kind and identity of a tokenizer', 'copying it again', Exception):
+    about = json.loads(_bytes_of(card))
+    kind, identity = about['kind'], about['identity']
   # GPT-2's byte-level BPE will be a third kind here.
-  if card['kind'] == 'bytes':
+  if kind == 'bytes':
     tokenizer = Bytes()
-  elif card['kind'] == 'sentencepiece':
-    if not (path / MODEL).exists():
-      raise mistake('tokenizer', f'{path} without {MODEL}', 'both files', 'copying it again')
-    tokenizer = SentencePiece((path / MODEL).read_bytes())
+  elif kind == 'sentencepiece':
+    tokenizer = SentencePiece(_bytes_of(path / MODEL))
   else:
-    raise mistake('tokenizer kind', card['kind'], 'bytes or sentencepiece', 'a newer gptjax')
-  if tokenizer.identity != card['identity']:
+    raise mistake('tokenizer kind', kind, 'bytes or sentencepiece', 'a newer gptjax')
+  if tokenizer.identity != identity:
     raise mistake(
       f'tokenizer in {path}',
       f'a model with identity {tokenizer.identity[:12]}',
-      f'{card["identity"][:12]}, as its {CARD} says',
+      f'{identity[:12]}, as its {CARD} says',
       'copying the folder again: the two files do not belong together',
     )
   return tokenizer
+
+
+def _bytes_of(path: epath.Path) -> bytes:
+  with told_as(path, 'a readable file', 'copying it again', OSError):
+    return path.read_bytes()
 
 
 def _save_card(folder: str, kind: str, identity: str) -> None:
