@@ -1,11 +1,12 @@
 """Checkpoints by Orbax: the state, and what it takes to know whether one may go on from it."""
 
+import contextlib
 import json
 
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gptjax.errors import mistake, raise_all
+from gptjax.errors import mistake, raise_all, told_as
 
 # What a resume may change, by the longest prefix of a setting's name. FREE are knobs of the
 # machine. NEVER would make another model, or another stream of tokens that only looks the same.
@@ -35,7 +36,8 @@ POLICY = {
 class Checkpoints:
   """The checkpoints of a run, each named by the sequences consumed.
 
-  A checkpoint is the state (nested dicts of arrays, whatever the mesh) and a record as JSON.
+  A checkpoint is the state (nested dicts of arrays, whatever the mesh) and a record as JSON. One
+  that cannot be read is a Mistake: which, why, and what there is besides it.
   """
 
   def __init__(self, folder: str, keep: int):
@@ -53,12 +55,14 @@ class Checkpoints:
   def record(self, sequences: int) -> dict:
     """What was saved beside the state."""
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    return self._manager.restore(sequences, args=args)['record']
+    with _damage_told(self._manager, sequences):
+      return self._manager.restore(sequences, args=args)['record']
 
   def restore(self, sequences: int, abstract: dict) -> dict:
     """The state, laid out as the abstract state says: any mesh restores from any other."""
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    return self._manager.restore(sequences, args=args)['state']
+    with _damage_told(self._manager, sequences):
+      return self._manager.restore(sequences, args=args)['state']
 
   def save(self, sequences: int, state: dict, record: dict) -> None:
     """Starts to save and returns when the state was copied from the devices."""
@@ -75,11 +79,12 @@ def load_params(folder: epath.Path, abstract: dict) -> dict:
   """The params alone of the last checkpoint in a folder of checkpoints.
 
   Raises:
-    Mistake: if there is none.
+    Mistake: if there is none, or it is damaged.
   """
   options = ocp.CheckpointManagerOptions(create=False)
   with ocp.CheckpointManager(folder.absolute(), options=options, item_names=('state',)) as manager:
-    if manager.latest_step() is None:
+    last = manager.latest_step()
+    if last is None:
       raise mistake('checkpoints', f'none in {folder}', 'a complete one', 'training further first')
     wanted = {'params': abstract}
     args = ocp.args.PyTreeRestore(
@@ -87,9 +92,16 @@ def load_params(folder: epath.Path, abstract: dict) -> dict:
       restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
       partial_restore=True,
     )
-    return manager.restore(manager.latest_step(), args=ocp.args.Composite(state=args))['state'][
-      'params'
-    ]
+    with _damage_told(manager, last):
+      return manager.restore(last, args=ocp.args.Composite(state=args))['state']['params']
+
+
+def _damage_told(
+  manager: ocp.CheckpointManager, sequences: int
+) -> contextlib.AbstractContextManager:
+  before = max((s for s in manager.all_steps() if s < sequences), default=None)
+  fix = 'moving it away, to go on from ' + (f'sequence {before}' if before else 'scratch')
+  return told_as(manager.directory / str(sequences), 'a whole checkpoint', fix, Exception)
 
 
 def flatten(settings: dict, prefix: str = '') -> dict:

@@ -74,8 +74,9 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
   optimizer = found.keep(_optimizer, config)
   total = found.keep(_total, config)
   lr = found.keep(_lr, config)
-  ramp = found.keep(_ramp, config, total) if total else None
-  microbatch = found.keep(_microbatch, config, mesh) if mesh else None
+  full = found.keep(_at_least, 'batch.sequences', config.batch.sequences, 1)
+  ramp = found.keep(_ramp, config, total) if total and full else None
+  microbatch = found.keep(_microbatch, config, mesh) if mesh and full else None
   chunk = found.keep(_at_least, 'compute.loss_chunk', config.compute.loss_chunk, 1)
   for name, value, least in (
     ('data.prefetch', config.data.prefetch, 0),
@@ -95,7 +96,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     ramp=ramp,
     mesh=mesh,
     microbatch=microbatch,
-    slices=config.batch.sequences // microbatch,
+    slices=full // microbatch,
     eval_every=sequences(config.eval.every_tokens),
     eval_sequences=config.eval.sequences,
     save_every=sequences(config.save.every_tokens),
@@ -250,7 +251,7 @@ def _lr(config) -> optax.Schedule:
 def _ramp(config, total) -> schedule.Ramp:
   c = config.batch
   ramps = not c.ramp_tokens or 1 <= c.ramp_from <= c.sequences
-  if c.sequences < 1 or not ramps or c.ramp_step < 1 or c.ramp_tokens < 0:
+  if not ramps or c.ramp_step < 1 or c.ramp_tokens < 0:
     got = f'from {c.ramp_from} by {c.ramp_step} to {c.sequences} over {c.ramp_tokens:g} tokens'
     wanted = '1 ≤ ramp_from ≤ sequences, ramp_step ≥ 1, ramp_tokens ≥ 0'
     raise mistake('batch', got, wanted, '--config.batch.ramp_tokens=0.0 for no ramp')
@@ -260,7 +261,6 @@ def _ramp(config, total) -> schedule.Ramp:
 
 def _microbatch(config, mesh) -> int:
   rows = _at_least('compute.microbatch', config.compute.microbatch, 1)
-  _at_least('batch.sequences', config.batch.sequences, 1)
   data, fsdp = mesh['data'], mesh['fsdp']
   microbatch = data * fsdp * rows
   if config.batch.sequences % microbatch:

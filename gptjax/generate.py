@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +11,27 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from gptjax import checkpoint, flags, sharding
-from gptjax.config import resolve
+from gptjax.config import check_knobs, resolve
 from gptjax.data import tokenizer
-from gptjax.errors import mistake
+from gptjax.errors import mistake, told_as
 from gptjax.step import Program
 
 
 def main(config: ConfigDict) -> None:
   """Prints the prompt and its continuation."""
-  if config.tokens < 1 or config.temperature < 0:
+  if config.tokens < 1 or not 0 <= config.temperature < math.inf:
     got = f'tokens {config.tokens}, temperature {config.temperature}'
-    raise mistake('what to sample', got, 'tokens ≥ 1, temperature ≥ 0', '--config.tokens=100')
+    wanted = 'tokens ≥ 1, a finite temperature ≥ 0'
+    raise mistake('what to sample', got, wanted, '--config.tokens=100 --config.temperature=0.8')
+  with told_as('prompt', 'UTF-8 text', 'another --config.prompt', UnicodeError):
+    config.prompt.encode()
   workdir = epath.Path(config.workdir)
   if not (workdir / 'config.json').exists():
     raise mistake('workdir', config.workdir, 'the workdir of a run', '--config.workdir=runs/tiny')
+  with told_as(workdir / 'config.json', 'the config of a run', 'training on writes it', Exception):
+    trained = ConfigDict(json.loads((workdir / 'config.json').read_text()))
+  check_knobs(trained)
   # One device is enough for one row, however many the run was trained on.
-  trained = ConfigDict(json.loads((workdir / 'config.json').read_text()))
   trained.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1})
   trained.compute.microbatch = 1
   trained.compute.attention = 'chunked'  # any machine has it, whatever the run was trained on

@@ -195,6 +195,23 @@ def read(workdir: str | os.PathLike) -> list[dict]:
   return records
 
 
+def reached(workdir: str | os.PathLike) -> int:
+  """The sequences consumed at the last record of a run; 0 if there is none.
+
+  Raises:
+    Mistake: the file is damaged elsewhere than in its last line.
+  """
+  path = _path(workdir)
+  return max((r['sequences'] for r in _parse(path)), default=0) if path.exists() else 0
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a file beside its place and moves it over, so that dying here leaves the one before."""
+  beside = path.with_name(path.name + '.tmp')
+  beside.write_text(text)
+  os.replace(beside, path)
+
+
 class ProgressBar:
   """How far a run is, in sequences, with its loss and throughput and the time left.
 
@@ -289,10 +306,7 @@ def _keep(path: pathlib.Path, resume_at: int) -> list[dict]:
     return []
   kept = [r for r in _parse(path) if 0 < resume_at and r['sequences'] <= resume_at]
   lines = [json.dumps({name: _encode(value) for name, value in r.items()}) + '\n' for r in kept]
-  # Written beside and moved over, so that dying here loses nothing.
-  beside = path.with_suffix('.tmp')
-  beside.write_text(''.join(lines))
-  os.replace(beside, path)
+  write_whole(path, ''.join(lines))
   return kept
 
 

@@ -52,7 +52,6 @@ class Rung:
   """A stretch of steps of one batch size."""
 
   start: int  # sequences consumed where it starts
-  step: int  # steps taken before it
   batch: int  # sequences a step
 
 
@@ -60,7 +59,7 @@ class Rung:
 class Step:
   """One step of the run: it consumes the sequences `start … end - 1`."""
 
-  number: int  # from 1, for people
+  number: int  # from 1, for people; counted, since another ramp may have led here
   start: int
   end: int
 
@@ -85,43 +84,49 @@ class Ramp:
   def linear(cls, first: int, full: int, increment: int, length: int, total: int) -> 'Ramp':
     """The ramp of Brown et al. 2020, appendix B; `length` 0 starts at `full`."""
     batches = [*range(first, full, increment), full] if length else [full]
-    rungs, start, step = [], 0, 0
+    rungs, start = [], 0
     for i, batch in enumerate(batches):
-      rungs.append(Rung(start, step, batch))
+      rungs.append(Rung(start, batch))
       if i + 1 < len(batches):
         # Where the line reaches the next rung's batch; integers, so that it is exact.
         until = -(-length * (batches[i + 1] - first) // (full - first))
-        steps = max(0, -(-(until - start) // batch))
-        start, step = start + steps * batch, step + steps
+        start += max(0, -(-(until - start) // batch)) * batch
     return cls(tuple(rungs), total)
 
   def rung(self, sequences: int) -> Rung:
     """The rung on which a step starts that has `sequences` consumed before it."""
     return self.rungs[bisect.bisect_right(self.rungs, sequences, key=lambda r: r.start) - 1]
 
-  def step_from(self, sequences: int) -> Step:
-    """The step that starts at `sequences`."""
-    rung = self.rung(sequences)
-    # A run that was resumed with another ramp may stand between two steps of this one.
-    number = rung.step + -(-(sequences - rung.start) // rung.batch) + 1
-    return Step(number, sequences, min(sequences + rung.batch, self.total))
-
-  def steps(self, sequences: int = 0) -> Iterator[Step]:
-    """The steps from `sequences` to the end."""
-    while sequences < self.total:
-      step = self.step_from(sequences)
+  def steps(self, sequences: int = 0, taken: int = 0) -> Iterator[Step]:
+    """The steps from `sequences` to the end, after so many steps taken."""
+    for number in itertools.count(taken + 1):
+      if sequences >= self.total:
+        return
+      step = Step(number, sequences, min(sequences + self.rung(sequences).batch, self.total))
       yield step
       sequences = step.end
 
+  def steps_left(self, sequences: int = 0) -> int:
+    """How many steps it is from `sequences` to the end, without walking there."""
+    left = 0
+    for rung, end in zip(self.rungs, self._ends(), strict=True):
+      steps = max(0, -(-(end - sequences) // rung.batch))
+      left, sequences = left + steps, sequences + steps * rung.batch
+    return left
+
   def slots(self, microbatch: int) -> tuple[int, int]:
     """Rows computed over the run in slices of `microbatch`, and those of them that weigh 0."""
-    computed = 0
-    starts = [min(r.start, self.total) for r in self.rungs] + [self.total]
-    for rung, (start, end) in zip(self.rungs, itertools.pairwise(starts), strict=True):
+    computed = start = 0
+    for rung, end in zip(self.rungs, self._ends(), strict=True):
       whole, rest = divmod(end - start, rung.batch)
       for rows, steps in ((rung.batch, whole), (rest, 1)):
         computed += steps * -(-rows // microbatch) * microbatch
+      start = end
     return computed, computed - self.total
+
+  def _ends(self) -> list[int]:
+    """Where each rung ends, none after the run."""
+    return [min(rung.start, self.total) for rung in self.rungs[1:]] + [self.total]
 
 
 def due(every: int, start: int, end: int) -> bool:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from gptjax import checkpoint, flags, metrics, schedule, sharding
 from gptjax.config import Run, check_corpus, resolve
 from gptjax.data import loader, shards, tokenizer
-from gptjax.errors import mistake
+from gptjax.errors import mistake, told_as
 
 
 def main(config: ConfigDict) -> None:
@@ -25,57 +25,80 @@ def main(config: ConfigDict) -> None:
   run = resolve(config, jax.devices())
   corpus = shards.describe(config.data.folder)
   check_corpus(run.program.shape, corpus.context, corpus.vocab_size, corpus.folder)
+  splits = [shards.open_split(corpus.folder, name) for name in (shards.TRAIN, shards.VALIDATION)]
   if config.log.wandb:
     metrics.import_wandb()  # before anything is made
   workdir = epath.Path(config.workdir)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    writable = os.access(workdir, os.W_OK)
-  except OSError:
-    writable = False
-  if not writable:
-    fix = '--config.workdir=runs/…'
-    raise mistake('workdir', workdir, 'a folder that can be made and written', fix)
+  make_workdir(workdir)
   settings = checkpoint.flatten(config.to_dict() | {'corpus': identity(corpus)})
   with contextlib.closing(
     checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
   ) as checkpoints:
-    start, starts, changed = checkpoints.latest() or 0, [], []
+    start, taken, starts, changed = checkpoints.latest() or 0, 0, [], []
     if start:
       saved = checkpoints.record(start)
       changed = checkpoint.changes(saved['settings'], settings, config.resume.accept_changes)
-      starts = saved['starts']
-    print(describe(run, corpus, start), flush=True)
+      taken, starts = saved['step'], saved['starts']
+    else:
+      check_nothing_lost(workdir, run)
+    print(describe(run, corpus, start, taken), flush=True)
     if start >= run.ramp.total:
-      print('nothing is left to train', flush=True)
+      print(f'nothing is left to train: {start:,} of {run.ramp.total:,} sequences', flush=True)
       print(verdict(workdir, corpus))
       return
     starts = [*starts, {'sequences': start, 'git': git_commit(), 'changes': changed}]
     record = {'settings': settings, 'starts': starts}
-    write_record(workdir, config, record, corpus)
     mesh = sharding.make_mesh(**run.mesh)
-    with (
-      jax.set_mesh(mesh),
-      metrics.MetricsWriter(
-        workdir,
-        resume_at=start,
-        tensorboard=config.log.tensorboard,
-        wandb_project=config.log.wandb,
-      ) as writer,
-      metrics.ProgressBar(
-        run.ramp.total, start, run.program.shape.context, enabled=config.log.progress
-      ) as bar,
-    ):
+    with jax.set_mesh(mesh):
       if start:
         state = checkpoints.restore(start, run.program.abstract_state())
       else:
         state = jax.jit(lambda: run.program.init(jax.random.key(config.seed)))()
-        clock = {'step': 0, 'sequences': 0, 'tokens': 0}
-        writer.write({'kind': 'baseline', 'loss': corpus.unigram_nats} | clock)
-      trainer = Trainer(run, corpus, mesh, writer, bar, workdir)
-      save = lambda at, state: checkpoints.save(at, state, record | {'sequences': at})
-      trainer.train(state, start, config.data.prefetch, save)
+      write_record(workdir, config, record, corpus)
+      with (
+        metrics.MetricsWriter(
+          workdir,
+          resume_at=start,
+          tensorboard=config.log.tensorboard,
+          wandb_project=config.log.wandb,
+        ) as writer,
+        metrics.ProgressBar(
+          run.ramp.total, start, run.program.shape.context, enabled=config.log.progress
+        ) as bar,
+      ):
+        if not start:
+          zero = {'step': 0, 'sequences': 0, 'tokens': 0}
+          writer.write({'kind': 'baseline', 'loss': corpus.unigram_nats} | zero)
+        trainer = Trainer(run, corpus, splits, mesh, writer, bar, workdir)
+        clock = lambda step: {'sequences': step.end, 'step': step.number}
+        save = lambda step, state: checkpoints.save(step.end, state, record | clock(step))
+        trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
   print(verdict(workdir, corpus))
+
+
+def make_workdir(workdir: epath.Path) -> None:
+  """Makes a folder, or raises if it cannot be made or written."""
+  wanted, fix = 'a folder that can be made and written', '--config.workdir=runs/…'
+  with told_as(f'workdir {workdir}', wanted, fix, OSError):
+    workdir.mkdir(parents=True, exist_ok=True)
+  if not os.access(workdir, os.W_OK):
+    raise mistake('workdir', workdir, wanted, fix)
+
+
+def check_nothing_lost(workdir: epath.Path, run: Run) -> None:
+  """Raises where metrics tell of checkpoints that are gone: starting anew would erase them too.
+
+  A run that was killed before its first checkpoint was complete may start anew.
+  """
+  reached = metrics.reached(workdir)
+  # When the third checkpoint is due, the first is complete: none starts before the last is.
+  if run.save_every and reached >= 3 * max(run.save_every, run.ramp.rungs[-1].batch):
+    raise mistake(
+      'workdir',
+      f'{workdir} without checkpoints, and metrics up to sequence {reached:,}',
+      'the checkpoints that they tell of',
+      f'another workdir, or moving {metrics.FILE} away to start anew',
+    )
 
 
 class Trainer:
@@ -85,6 +108,7 @@ class Trainer:
     self,
     run: Run,
     corpus: shards.Corpus,
+    splits: Sequence[shards.Windows],
     mesh: jax.sharding.Mesh,
     writer: metrics.MetricsWriter,
     bar: metrics.ProgressBar,
@@ -95,24 +119,24 @@ class Trainer:
     self.shape = run.program.shape
     self.train_step = jax.jit(run.program.train_step, donate_argnums=0)
     self.eval_step = jax.jit(run.program.eval_step)
-    self.windows = loader.stream(shards.open_split(corpus.folder, 'train'), run.program.seed)
-    self.held_out = shards.open_split(corpus.folder, 'validation')
+    windows, self.held_out = splits
+    self.windows = loader.stream(windows, run.program.seed)
     self.unread = None  # a step, its rate, and its metrics, which may still be being computed
     self.clock = time.perf_counter()  # when the time began that the unread step is charged with
     self.warm = False  # whether a step has run, so that the next one's time is not a compilation
     self.tracing = False
 
-  def train(self, state: dict, start: int, ahead: int, save: Callable) -> None:
-    """Trains from `start` sequences to the end.
+  def train(self, state: dict, steps: Iterable[schedule.Step], ahead: int, save: Callable) -> None:
+    """Takes the steps.
 
     Args:
       state: consumed from here on.
-      start: sequences consumed before.
+      steps: those from the state's place on the clock to the end.
       ahead: batches to make ahead.
-      save: what to call as save(sequences, state) when a checkpoint is due.
+      save: what to call as save(step, state) when a checkpoint is due.
     """
     run = self.run
-    for step, batch in loader.prefetch(self.batch, run.ramp.steps(start), ahead):
+    for step, batch in loader.prefetch(self.batch, steps, ahead):
       self.trace(step)
       state, measured = self.train_step(state, *batch)
       self.read()
@@ -123,7 +147,7 @@ class Trainer:
         self.validate(state['params'], step)
       if last or schedule.due(run.save_every, step.start, step.end):
         self.read()  # first, so that no checkpoint is ahead of the metrics on disk
-        save(step.end, state)
+        save(step, state)
         self.clock = time.perf_counter()
     self.trace(None)
 
@@ -184,6 +208,7 @@ class Trainer:
         'sequences': step.end,
         'tokens': step.end * self.shape.context,
         'loss': loss,
+        'windows': count,
         'bits_per_byte': shards.bits_per_byte(loss, self.corpus.validation),
       }
     )
@@ -208,8 +233,8 @@ def identity(corpus: shards.Corpus) -> dict:
 
 def write_record(workdir: epath.Path, config: ConfigDict, record: dict, corpus) -> None:
   """Puts the config, the commit and the tokenizer where the run is."""
-  (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
-  (workdir / 'record.json').write_text(json.dumps(record, indent=2))
+  metrics.write_whole(workdir / 'config.json', config.to_json_best_effort(indent=2))
+  metrics.write_whole(workdir / 'record.json', json.dumps(record, indent=2))
   tokenizer.load(corpus.folder).save(workdir)
 
 
@@ -225,37 +250,48 @@ def git_commit() -> str:
   return commit + '+' * bool(commit and git('status', '--porcelain', '-uno'))
 
 
-def describe(run: Run, corpus: shards.Corpus, start: int) -> str:
-  """What is about to run, in a few lines."""
+def describe(run: Run, corpus: shards.Corpus, start: int, taken: int) -> str:
+  """What is about to run after `start` sequences and so many steps, in a few lines."""
   shape, numerics, ramp = run.program.shape, run.program.numerics, run.ramp
   batches = [rung.batch for rung in ramp.rungs]
   ramped = f'{batches[0]} … {batches[-1]}' if batches[1:] else f'{batches[-1]}'
   rungs = f'{len(batches)} rung' + 's' * bool(batches[1:])
   computed, surplus = ramp.slots(run.microbatch)
-  steps = ramp.step_from(ramp.total).number - 1
+  steps = range(taken + 1, taken + ramp.steps_left(start) + 1)
   epochs = ramp.total / corpus.train.windows
   lines = {
     'model': f'{shape.n_params:,} parameters, {shape.n_layers} layers, context {shape.context}',
     'data': f'{corpus.folder}: {corpus.train.windows:,} windows, {epochs:.2f} epochs',
-    'length': f'{ramp.total * shape.context:,} tokens = {ramp.total:,} sequences, {steps:,} steps',
+    'length': f'{ramp.total * shape.context:,} tokens = {ramp.total:,} sequences, '
+    f'{taken + len(steps):,} steps',
     'batch': f'{ramped} sequences in {rungs}, in slices of {run.microbatch}; '
     f'{surplus / computed:.2%} of rows computed are surplus of the ramp',
     'mesh': ' · '.join(f'{axis} {size}' for axis, size in run.mesh.items())
     + f' on {jax.devices()[0].device_kind}',
     'compute': f'{numerics.dtype.name}, remat {numerics.remat}, '
     f'attention {numerics.attend.__name__}',
-    'start': f'sequence {start:,}' if start else 'from scratch',
+    'start': f'sequence {start:,}, step {steps.start:,}' if start else 'from scratch',
   }
+  if run.profile:
+    traced = range(max(run.profile.start, steps.start), min(run.profile.stop, steps.stop))
+    none = f'no step: they are {steps.start:,} … {steps.stop - 1:,}'
+    lines['profile'] = f'steps {traced.start} … {traced.stop - 1}' if traced else none
   return '\n'.join(f'{name:8} {line}' for name, line in lines.items())
 
 
 def verdict(workdir: epath.Path, corpus: shards.Corpus) -> str:
   """The last held-out loss beside that of a unigram model of the same tokens."""
-  loss = [r for r in metrics.read(workdir) if r['kind'] == 'validation'][-1]['loss']
   told = lambda nats: (
     f'{nats:.4f} nats per token, {shards.bits_per_byte(nats, corpus.validation):.4f} bits per byte'
   )
-  return f'held-out loss  {told(loss)}\nunigram model  {told(corpus.unigram_nats)}'
+  held_out = [r for r in metrics.read(workdir) if r['kind'] == 'validation']
+  loss = f'not in {metrics.FILE}'
+  if held_out:
+    last, there = held_out[-1], corpus.validation.windows
+    loss = told(last['loss'])
+    if last['windows'] < there:
+      loss += f', over the first {last["windows"]:,} of {there:,} windows'
+  return f'held-out loss  {loss}\nunigram model  {told(corpus.unigram_nats)}'
 
 
 if __name__ == '__main__':

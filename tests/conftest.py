@@ -95,12 +95,20 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture(scope='session')
 def start_python() -> Callable[[Sequence[str]], subprocess.Popen]:
-  """`start_python(args)` starts what `run_python` runs, silent and on one device, to be killed."""
+  """`start_python(args)` starts what `run_python` runs, on one device, to be killed or stopped.
+
+  Its stdout is thrown away; its stderr waits in a pipe that a short run cannot fill.
+  """
 
   def start(args: Sequence[str]) -> subprocess.Popen:
-    silent = subprocess.DEVNULL
-    command = [sys.executable, *args]
-    return subprocess.Popen(command, cwd=ROOT, env=_environment(1), stdout=silent, stderr=silent)
+    return subprocess.Popen(
+      [sys.executable, *args],
+      cwd=ROOT,
+      env=_environment(1),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
 
   return start
 

@@ -61,18 +61,20 @@ def make_corpus(folder: pathlib.Path) -> str:
   return str(prepared)
 
 
+def dotted(settings):
+  """Keyword arguments as knobs: `mesh__fsdp` is `mesh.fsdp`."""
+  return {name.replace('__', '.'): value for name, value in settings.items()}
+
+
 def config(workdir, corpus, **settings):
   c = tiny.get_config()
-  settings = {k.replace('__', '.'): v for k, v in settings.items()}
-  c.update_from_flattened_dict(
-    SETTINGS | {'workdir': str(workdir), 'data.folder': corpus} | settings
-  )
+  given = {'workdir': str(workdir), 'data.folder': corpus}
+  c.update_from_flattened_dict(SETTINGS | given | dotted(settings))
   return c
 
 
 def args(workdir, corpus, **settings):
   """The same config as a command line."""
-  settings = {k.replace('__', '.'): v for k, v in settings.items()}
-  settings = SETTINGS | {'workdir': workdir, 'data.folder': corpus} | settings
+  settings = SETTINGS | {'workdir': workdir, 'data.folder': corpus} | dotted(settings)
   flags = [f'--config.{name}={value}' for name, value in settings.items()]
   return ['-m', 'gptjax.train', '--config=configs/tiny.py', *flags]

@@ -1,5 +1,8 @@
 """What was saved comes back on any mesh; what a resume may change, and what it may not."""
 
+import shutil
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -55,6 +58,58 @@ def test_no_checkpoint_is_none_and_speaks_clearly(tmp_path):
     checkpoint.load_params(tmp_path, {})
 
 
+def empty(path):
+  shutil.rmtree(path)
+  path.mkdir()
+
+
+def garble(path):
+  for file in path.rglob('*'):
+    if file.is_file():
+      file.write_bytes(b'{]' + file.read_bytes()[3:])
+
+
+@pytest.mark.parametrize(
+  'item, damage',
+  [('', empty), ('', garble)]
+  + [(item, how) for item in ('state', 'record') for how in (shutil.rmtree, empty, garble)],
+)
+def test_a_damaged_checkpoint_is_told_with_the_one_before(saved, tmp_path, item, damage):
+  folder, program, state = saved
+  shutil.copytree(folder, tmp_path / 'c')
+  damage(tmp_path / 'c' / '24' / item)
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'c', keep=2)
+  told = 'c/24: got .*, wanted a whole checkpoint; try moving it away, to go on from sequence 16'
+  with small.on():
+    abstract = program.abstract_state()
+    with pytest.raises(Mistake, match=told):
+      checkpoints.record(24)
+      checkpoints.restore(24, abstract)
+    if item != 'record':
+      with pytest.raises(Mistake, match=told):
+        checkpoint.load_params(tmp_path / 'c', abstract['params'])
+    checkpoints.close()
+    shutil.rmtree(tmp_path / 'c' / '24')
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'c', keep=2)
+    got = checkpoints.restore(checkpoints.latest(), abstract)
+  jax.tree.map(np.testing.assert_array_equal, got, state)
+
+
+def test_saving_goes_on_in_another_thread(saved, tmp_path):
+  _, program, state = saved
+  commits = []
+
+  def listen(name, *_, **__):
+    if 'commit_duration' in name:
+      commits.append(threading.current_thread())
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  checkpoints.save(8, state, {})
+  checkpoints.close()
+  assert commits and threading.main_thread() not in commits
+
+
 def test_nothing_on_disk_mentions_flax(saved):
   folder, *_ = saved
   for path in (folder / '24').rglob('*'):
@@ -90,6 +145,18 @@ def test_recipe_changes_only_if_asked_for_and_is_told():
     assert name in str(e.value)
   accepted = checkpoint.changes(SETTINGS, now, accept=True)
   assert {'setting': 'lr.peak', 'before': 1e-3, 'after': 2e-3} in accepted and len(accepted) == 3
+
+
+NEVER = (
+  'seed model.d_model model.pattern model.window model.context corpus.tokenizer corpus.context'
+)
+RECIPE = 'model.dropout corpus.digest lr.peak batch.sequences adamw.eps train_tokens'
+FREE = 'workdir mesh.fsdp compute.dtype data.folder data.prefetch save.keep eval.sequences profile'
+
+
+@pytest.mark.parametrize('kind, names', [('never', NEVER), ('recipe', RECIPE), ('free', FREE)])
+def test_policy_of_what_matters(kind, names):
+  assert {checkpoint.policy(name) for name in names.split()} == {kind}
 
 
 @pytest.mark.parametrize('name', ['seed', 'model.d_model', 'corpus.tokenizer'])

@@ -9,17 +9,19 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import gpt3, tiny
-from gptjax import checkpoint, sizes
+from gptjax import checkpoint, schedule, sizes
 from gptjax.config import check_corpus, check_knobs, resolve
 from gptjax.errors import Mistake
+from gptjax.optimizer import AdamW
 from tests import small
+from tests.runs import dotted
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def changed(config=None, **settings) -> ConfigDict:
   config = config or tiny.get_config()
-  config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in settings.items()})
+  config.update_from_flattened_dict(dotted(settings))
   return config
 
 
@@ -103,9 +105,53 @@ def test_a_knob_that_nobody_reads_would_be_found():
   assert not {'mesh.fsdp', 'lr.warmup_tokens'} & read
 
 
+def test_a_run_is_what_the_knobs_say():
+  config = changed(
+    adamw__b1=0.8,
+    adamw__b2=0.85,
+    adamw__eps=1e-5,
+    adamw__weight_decay=0.3,
+    adamw__clip_norm=2.0,
+    batch__sequences=64,
+    batch__ramp_from=16,
+    batch__ramp_step=24,
+    batch__ramp_tokens=25600.0,
+    compute__microbatch=2,
+    compute__loss_chunk=7,
+    compute__remat='dots',
+    compute__dtype='bfloat16',
+    eval__every_tokens=2560.0,
+    eval__sequences=11,
+    lr__peak=0.5,
+    lr__warmup_tokens=2560.0,
+    lr__decay_tokens=25600.0,
+    lr__final_fraction=0.3,
+    mesh__fsdp=2,
+    model__dropout=0.2,
+    model__pattern=('banded', 'dense', 'banded'),
+    model__window=9,
+    save__every_tokens=5120.0,
+    seed=7,
+    train_tokens=51200.0,
+  )
+  run = resolve(config, jax.devices())
+  program, numerics = run.program, run.program.numerics
+  assert program.optimizer == AdamW(0.8, 0.85, 1e-5, 0.3, 2.0)
+  assert program.shape == sizes.Shape(4, 128, 4, 32, 512, 256, 4096, (9, None, 9))
+  assert (program.loss_chunk, program.seed) == (7, 7)
+  assert (numerics.remat, numerics.dtype, numerics.dropout) == ('dots', jax.numpy.bfloat16, 0.2)
+  assert run.ramp == schedule.Ramp.linear(16, 64, 24, 100, 200)
+  assert run.mesh == {'data': 4, 'fsdp': 2, 'tensor': 1}
+  assert (run.microbatch, run.slices) == (16, 4)
+  assert (run.eval_every, run.eval_sequences, run.save_every) == (10, 11, 20)
+  rates = [float(schedule.at(run.lr, sequences)) for sequences in (5, 10, 100, 200)]
+  assert rates == pytest.approx([0.25, 0.5, 0.15, 0.15])
+
+
 @pytest.mark.parametrize(
   'settings, told',
   [
+    ({'batch__sequences': 0}, '^batch.sequences: got 0, wanted 1 or more'),
     ({'mesh__fsdp': 3}, 'd_model over the mesh axis fsdp: got 128 over 3'),
     ({'mesh__tensor': 8}, 'n_heads over the mesh axis tensor: got 4 over 8'),
     ({'mesh__data': 4}, 'got 8 devices, wanted 4 devices'),

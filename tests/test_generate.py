@@ -1,12 +1,15 @@
 """A sample is what the model's own logits say, and the entry speaks with a trained model."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
 import pytest
 
+from configs import generate as configs
 from gptjax import generate
+from gptjax.errors import Mistake
 from tests import small
 
 END = 249
@@ -72,18 +75,66 @@ def test_entry_continues_a_prompt_with_a_trained_model(straight, run_python):
   assert run_python(command, timeout=120).stdout == said
 
 
+def entry_config(workdir, **knobs):
+  config = configs.get_config()
+  config.update({'workdir': str(workdir)} | knobs)
+  return config
+
+
+def test_entry_passes_on_what_it_was_told(straight, monkeypatch, capsys):
+  workdir, _ = straight
+  asked = []
+
+  def sampled(*args):
+    asked.append(args[2:])
+    return [104, 105]
+
+  monkeypatch.setattr(generate, 'sample', sampled)
+  knobs = {'prompt': 'ab', 'tokens': 9, 'temperature': 0.5, 'seed': 4}
+  generate.main(entry_config(workdir, **knobs))
+  end = 256
+  assert asked == [([end, 97, 98], 9, 0.5, 4, end)]
+  assert capsys.readouterr().out == 'abhi\n'
+
+
+def test_temperature_and_seed_reach_the_sample(straight, capsys):
+  workdir, _ = straight
+
+  def said(**knobs):
+    generate.main(entry_config(workdir, prompt='def ', tokens=12, **knobs))
+    return capsys.readouterr().out
+
+  assert said(temperature=0.0, seed=0) == said(temperature=0.0, seed=1)
+  assert said(temperature=5.0, seed=0) != said(temperature=5.0, seed=1)
+
+
 @pytest.mark.parametrize(
-  'flag, told',
+  'knobs, told',
   [
-    ('--config.workdir=nowhere', 'nowhere'),
-    ('--config.temperature=-1.0', 'temperature -1.0'),
-    ('--config.tokens=0', 'tokens 0'),
+    ({'workdir': 'nowhere'}, 'workdir: got nowhere, wanted the workdir of a run'),
+    ({'temperature': -1.0}, 'temperature -1.0'),
+    ({'temperature': math.nan}, 'temperature nan'),
+    ({'temperature': math.inf}, 'temperature inf'),
+    ({'tokens': 0}, 'tokens 0'),
+    ({'prompt': 'caf\udce9'}, 'prompt: got UnicodeEncodeError: .*, wanted UTF-8 text'),
   ],
 )
-def test_mistakes_are_told(run_python, flag, told):
-  command = ['-m', 'gptjax.generate', '--config=configs/generate.py', flag]
+def test_mistakes_are_told(straight, knobs, told):
+  with pytest.raises(Mistake, match=told):
+    generate.main(entry_config(**{'workdir': straight[0]} | knobs))
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"model": {"context": 8}}', '\xff'])
+def test_a_damaged_config_of_the_run_is_told(tmp_path, text):
+  (tmp_path / 'config.json').write_bytes(text.encode('latin-1'))
+  with pytest.raises(Mistake):
+    generate.main(entry_config(tmp_path))
+
+
+def test_a_program_that_was_told_nonsense_shows_no_traceback(run_python):
+  command = ['-m', 'gptjax.generate', '--config=configs/generate.py', '--config.workdir=nowhere']
   done = run_python(command, timeout=60, code=2)
-  assert told in done.stderr and 'Traceback' not in done.stderr
+  assert 'nowhere' in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_config_of_another_program_is_told(run_python):

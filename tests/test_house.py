@@ -25,7 +25,6 @@ FLOORS = {
   'data.spool': 0,
   'attention': 1,
   'kernels': 1.5,
-  'pipeline': 1,
   'loss': 1,
   'optimizer': 1,
   'data.sources': 1,
@@ -35,15 +34,10 @@ FLOORS = {
   'data.loader': 2,
   'checkpoint': 2,
   'step': 3,
-  'sampling': 3,
-  'beam': 3,
-  'hf': 3,
   'config': 3.5,
-  'plan': 4,
   'prepare': 4,
   'train': 4,
   'generate': 4,
-  'evaluate': 4,
   'report': 4,
 }
 EVERYWHERE = {'errors', 'flags'}

@@ -77,11 +77,19 @@ def test_steps_cover_the_run_once_and_in_order(ramp):
 
 
 @given(ramps, st.data())
-def test_any_step_is_found_without_walking_there(ramp, data):
+def test_any_position_goes_on_as_the_walk_does_and_counts_on(ramp, data):
   steps = list(ramp.steps())
   step = data.draw(st.sampled_from(steps))
-  assert ramp.step_from(step.start) == step
-  assert list(ramp.steps(step.start)) == steps[step.number - 1 :]
+  assert list(ramp.steps(step.start, step.number - 1)) == steps[step.number - 1 :]
+  assert [s.number for s in ramp.steps(step.start, 7)] == [
+    s.number - step.number + 8 for s in steps[step.number - 1 :]
+  ]
+
+
+@given(ramps, st.integers(0, 2500))
+def test_steps_left_are_those_that_are_walked(ramp, sequences):
+  """From any position: one that another ramp led to lies between two steps of this one."""
+  assert ramp.steps_left(sequences) == len(list(ramp.steps(sequences)))
 
 
 @given(ramps, st.integers(1, 64))
@@ -105,12 +113,8 @@ def test_gpt3_ramp_in_full():
   ramp = schedule.Ramp.linear(16, 256, 16, schedule.to_sequences(4e9, CONTEXT), 146_484_375)
   assert [rung.batch for rung in ramp.rungs] == list(range(16, 257, 16))
   assert abs(ramp.rungs[-1].start * CONTEXT - 4e9) < 16 * 256 * CONTEXT
-  assert ramp.step_from(146_484_374).end == 146_484_375
-
-
-def test_position_between_two_steps_has_a_step():
-  ramp = schedule.Ramp.linear(4, 8, 4, 8, 100)
-  assert ramp.step_from(9) == schedule.Step(4, 9, 17)
+  (last,) = ramp.steps(146_484_374)
+  assert last.end == 146_484_375
 
 
 @given(st.integers(0, 50), st.integers(0, 1000), st.integers(0, 200))

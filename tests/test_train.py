@@ -1,10 +1,9 @@
 """Real runs on real text: what they leave behind, and what a kill, a resume and a ramp change."""
 
 import json
-import os
+import pathlib
+import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -194,9 +193,100 @@ def test_stream_of_a_run_is_the_order_of_the_clock(corpus):
       assert (rows[step.rows :] == 0).all()
 
 
-def test_profile_of_named_steps(corpus, tmp_path):
-  train.main(config(tmp_path, corpus, profile='3-4', train_tokens=2048.0))
+def test_what_a_run_does_at_its_marks(corpus, tmp_path, monkeypatch):
+  """A trace of the steps named; no checkpoint ahead of the metrics on disk; the newest are kept."""
+  saved, save = [], checkpoint.Checkpoints.save
+
+  def watched(self, sequences, state, record):
+    last = records(tmp_path)[-1]
+    assert (last['sequences'], last['step']) == (sequences, record['step'])
+    saved.append(sequences)
+    save(self, sequences, state, record)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', watched)
+  settings = {'save__every_tokens': 512.0, 'save__keep': 3, 'train_tokens': 2048.0}
+  train.main(config(tmp_path, corpus, profile='3-4', **settings))
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+  assert saved == [16, 32, 48, 64]
+  kept = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+  assert kept == [32, 48, 64]
+
+
+def test_steps_are_counted_on_through_a_change_of_the_ramp(corpus, tmp_path):
+  """Another ramp has taken other steps to the same place, but a run has taken those it took."""
+  train.main(config(tmp_path, corpus, train_tokens=1024.0))
+  longer = {'train_tokens': 2048.0, 'batch__ramp_tokens': 0.0, 'resume__accept_changes': True}
+  train.main(config(tmp_path, corpus, **longer))
+  assert [(r['step'], r['batch']) for r in records(tmp_path)] == [
+    (1, 8),
+    (2, 8),
+    (3, 8),
+    (4, 8),
+    (5, 24),
+    (6, 8),
+  ]
+  # Once more from there: nothing is left, and the number of steps is that of the checkpoint.
+  assert state_of(tmp_path)[1]['step'] == 6
+
+
+@pytest.mark.parametrize(
+  'profile, told',
+  [('3-4', 'steps 3 … 4'), ('2-9', 'steps 3 … 9'), ('1-2', 'no step'), ('99-100', 'no step')],
+)
+def test_steps_of_a_profile_that_are_not_taken_are_told(corpus, profile, told):
+  run = resolve(config('x', corpus, profile=profile), jax.devices())
+  said = train.describe(run, shards.describe(corpus), start=16, taken=2)
+  assert f'profile  {told}' in said
+
+
+def test_metrics_whose_checkpoints_are_gone_are_not_erased(straight, corpus, tmp_path):
+  shutil.copytree(straight[0], tmp_path / 'run')
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+  before = (tmp_path / 'run' / 'metrics.jsonl').read_bytes()
+  with pytest.raises(Mistake, match='without checkpoints, and metrics up to sequence 384'):
+    train.main(config(tmp_path / 'run', corpus))
+  assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == before
+
+
+def test_a_damaged_checkpoint_loses_nothing(straight, corpus, tmp_path):
+  """It is told; moved away, training goes on from the one before and comes to the same end."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(straight[0], workdir)
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  shutil.rmtree(workdir / 'checkpoints' / '384' / 'record')
+  with pytest.raises(Mistake, match='384: got .*moving it away, to go on from sequence 32[0-9]'):
+    train.main(config(workdir, corpus, mesh__data=8))
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+  shutil.rmtree(workdir / 'checkpoints' / '384')
+  train.main(config(workdir, corpus, mesh__data=8))
+  clock = lambda records: [(r['step'], r['sequences'], r['lr']) for r in records]
+  assert clock(records(workdir)) == clock(records(straight[0]))
+  last, wanted = records(workdir)[-1]['loss'], records(straight[0])[-1]['loss']
+  assert last == pytest.approx(wanted, rel=1e-3)
+
+
+def test_verdict_says_over_what_it_is_and_what_is_missing(corpus, tmp_path):
+  about = shards.describe(corpus)
+  record = {'kind': 'validation', 'loss': 1.0, 'windows': 3}
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
+  there = f'over the first 3 of {about.validation.windows} windows'
+  assert there in train.verdict(tmp_path, about)
+  record['windows'] = about.validation.windows
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
+  assert 'over the first' not in train.verdict(tmp_path, about)
+  (tmp_path / 'metrics.jsonl').write_text('{"kind": "train"}\n')
+  assert 'held-out loss  not in metrics.jsonl' in train.verdict(tmp_path, about)
+
+
+def test_damaged_text_ends_a_run_plainly(corpus, tmp_path):
+  folder = tmp_path / 'data'
+  shutil.copytree(corpus, folder)
+  for shard in folder.glob('corpus-train*'):
+    data = bytearray(shard.read_bytes())
+    data[100::50] = bytes(len(data[100::50]))
+    shard.write_bytes(data)
+  with pytest.raises(Mistake, match='wanted a readable record'):
+    train.main(config(tmp_path / 'run', str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -206,6 +296,7 @@ def test_profile_of_named_steps(corpus, tmp_path):
     ({'model__context': 64}, 'context of the windows .*got 32, wanted 64'),
     ({'model__vocab_size': 300}, 'vocabulary .*got 257, wanted 300'),
     ({'mesh__fsdp': 3}, 'mesh axis fsdp'),
+    ({'log__wandb': 'project'}, 'wandb is asked for and not installed'),
   ],
 )
 def test_mistakes_are_told_and_nothing_is_made(corpus, tmp_path, settings, told):
@@ -217,14 +308,15 @@ def test_mistakes_are_told_and_nothing_is_made(corpus, tmp_path, settings, told)
 def test_workdir_that_is_a_file_is_told_and_kept(corpus, tmp_path):
   (tmp_path / 'notes').write_text('mine')
   for workdir in (tmp_path / 'notes', tmp_path / 'notes' / 'run'):
-    with pytest.raises(Mistake, match='workdir: got .*notes.*wanted a folder that can be made'):
+    with pytest.raises(Mistake, match='workdir .*notes.*: got .*wanted a folder that can be made'):
       train.main(config(workdir, corpus))
   assert (tmp_path / 'notes').read_text() == 'mine'
 
 
-def test_machine_without_git_has_no_commit(monkeypatch):
-  assert len(train.git_commit()) >= 40
-  monkeypatch.setenv('PATH', '')
+def test_commit_is_that_of_the_checkout(monkeypatch):
+  here = pathlib.Path(train.__file__).parents[1]
+  assert (len(train.git_commit()) >= 40) == (here / '.git').exists()
+  monkeypatch.setenv('PATH', '')  # a machine without git
   assert train.git_commit() == ''
 
 
@@ -240,10 +332,8 @@ def test_config_of_another_program_is_told(run_python):
   assert 'wanted a training config' in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_interrupt_ends_without_a_traceback(corpus, tmp_path):
-  environment = {**os.environ, 'XLA_FLAGS': ''}
-  command = [sys.executable, *args(tmp_path, corpus)]
-  process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+def test_interrupt_ends_without_a_traceback(corpus, tmp_path, start_python):
+  process = start_python(args(tmp_path, corpus))
   path = tmp_path / 'metrics.jsonl'
   while process.poll() is None and not (path.exists() and path.stat().st_size):
     time.sleep(0.02)
