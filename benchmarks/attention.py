@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from benchmarks import aot
 from benchmarks.train_step import seconds
 from gptjax import kernels, sizes
+from gptjax.errors import told_plainly
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -45,6 +46,8 @@ def main() -> None:
       parser.error(f'--aot={a.aot} needs {aot.missing(a.aot)}')
   device = aot.devices(a.aot)[0] if a.aot else jax.devices()[0]
   dtype = jnp.dtype('float32' if device.platform == 'cpu' else 'bfloat16')
+  if min(a.heads, a.width, a.window, a.repeats) < 1 or a.longest < LENGTHS[0]:
+    parser.error(f'numbers must be 1 or more, and --longest {LENGTHS[0]} or more')
   layers = {'dense': None, 'banded': a.window}
   print(f'{a.heads} heads of {a.width}, {dtype.name}, window {a.window}, on {device.device_kind}')
   columns = [f'{layer} {unit}' for layer in layers for unit in ['MB'] + ['s'] * (not a.aot)]
@@ -65,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  with told_plainly():
+    main()

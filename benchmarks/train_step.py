@@ -6,6 +6,7 @@ multiplies two large matrices, measured in the same process. One device.
 
 import argparse
 import dataclasses
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -13,12 +14,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from gptjax import kernels, metrics, model, sharding, sizes
+from gptjax import flags, metrics, model, sharding, sizes
+from gptjax.config import resolve
+from gptjax.errors import told_plainly
 from gptjax.loss import cross_entropy
-from gptjax.optimizer import AdamW
 from gptjax.step import Program
 
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 SQUARE = 4096  # rows of the matrices multiplied; larger ones run no faster on CPU, GPU or TPU
 
 
@@ -91,23 +95,24 @@ def main() -> None:
   parser.add_argument('--loss_chunk', type=int, default=512)
   parser.add_argument('--repeats', type=int, default=3)
   a = parser.parse_args()
-  row = sizes.GPT3[a.size]
-  shape = sizes.Shape(
-    a.layers or row.n_layers,
-    row.d_model,
-    row.n_heads,
-    row.d_head,
-    4 * row.d_model,
-    a.context,
-    50257,
-    (None, 256),
-  )
+  if a.slices < 1 or a.batch % a.slices or a.repeats < 1:
+    parser.error('--slices must divide --batch, and both and --repeats be 1 or more')
+  config = flags.parse(['', f'--config={CONFIGS / "gpt3.py"}:{a.size}'])
+  config.model.n_layers = a.layers or config.model.n_layers
+  config.model.context = a.context
+  config.train_tokens = float(a.context * a.batch)
+  config.batch.sequences, config.batch.ramp_tokens = a.batch, 0.0
+  config.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+  config.compute.microbatch = a.batch // a.slices
+  config.compute.dtype, config.compute.remat = a.dtype, a.remat
+  config.compute.loss_chunk = a.loss_chunk
   device = jax.devices()[0]
-  attend = kernels.choose('auto', [device], shape, jnp.dtype(a.dtype), 0.0)
-  numerics = model.Numerics(jnp.dtype(a.dtype), attend, a.remat, 0.0)
-  program = Program(shape, numerics, AdamW(0.9, 0.95, 1e-8, 0.1, 1.0), a.loss_chunk, 0)
+  program = resolve(config, [device]).program
+  shape, numerics = program.shape, program.numerics
   print(f'{shape.n_params:,} parameters, {a.batch} × {a.context} tokens in {a.slices} slice(s)')
-  print(f'{a.dtype}, attention {attend.__name__}, remat {a.remat}, on {device.device_kind}')
+  print(
+    f'{a.dtype}, attention {numerics.attend.__name__}, remat {a.remat}, on {device.device_kind}'
+  )
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, [device])):
     rate = matmul_rate(numerics.dtype, a.repeats)
     times = measure(program, a.batch, a.slices, a.repeats)
@@ -136,4 +141,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  with told_plainly():
+    main()
