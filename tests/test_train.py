@@ -203,9 +203,13 @@ def test_what_a_run_does_at_its_marks(corpus, tmp_path, monkeypatch):
     saved.append(sequences)
     save(self, sequences, state, record)
 
+  depths, prefetch = [], loader.prefetch
+  ahead = lambda make, items, depth: depths.append(depth) or prefetch(make, items, depth)
   monkeypatch.setattr(checkpoint.Checkpoints, 'save', watched)
+  monkeypatch.setattr(loader, 'prefetch', ahead)
   settings = {'save__every_tokens': 512.0, 'save__keep': 3, 'train_tokens': 2048.0}
-  train.main(config(tmp_path, corpus, profile='3-4', **settings))
+  train.main(config(tmp_path, corpus, profile='3-4', data__prefetch=1, **settings))
+  assert depths == [1]
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
   assert saved == [16, 32, 48, 64]
   kept = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
