@@ -167,12 +167,31 @@ class GPT(nnx.Module):
     if L > T:
       raise mistake('length of a row', f'{L} tokens', f'at most {T}, the positions', 'shorter rows')
     e_vd = use(self.embed, 'vd', numerics.dtype)
-    x_bld = e_vd.at[token_bl].get(out_sharding=computed('bld'))
+    x_bld = look_up(e_vd, token_bl)
     x_bld += use_rows(self.position, 'ld', numerics.dtype, B)[:, :L]
     embed_key_b, blocks_key_b = split_rows(key_b, 2)
     x_bld = drop(x_bld, numerics.dropout, embed_key_b)
     x_bld = run_blocks(self.blocks, x_bld, self.windows, numerics, blocks_key_b)
     return self.norm(x_bld, numerics.dtype), e_vd
+
+
+def look_up(e_vd: jax.Array, token_bl: jax.Array) -> jax.Array:
+  """Rows of a matrix in use, whose gradient is summed over tokens in f32 and then cast.
+
+  A frequent token is a thousand times in a slice, and a bf16 sum of as many terms is percents off.
+  """
+  rows = lambda e_vd, token_bl: e_vd.at[token_bl].get(out_sharding=computed('bld'))
+  table = jax.typeof(e_vd)
+  table_f32 = jax.ShapeDtypeStruct(table.shape, jnp.float32, sharding=table.sharding)
+
+  def backward(token_bl, dx_bld):
+    add = jax.linear_transpose(lambda e_vd: rows(e_vd, token_bl), table_f32)
+    (de_vd,) = add(dx_bld.astype(jnp.float32))
+    return de_vd.astype(table.dtype), None
+
+  looked_up = jax.custom_vjp(rows)
+  looked_up.defvjp(lambda e_vd, token_bl: (rows(e_vd, token_bl), token_bl), backward)
+  return looked_up(e_vd, token_bl)
 
 
 def run_blocks(blocks, x_bld, windows, numerics, key_b):

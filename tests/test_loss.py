@@ -58,6 +58,30 @@ def test_padding_is_never_predicted():
   assert np.isfinite(logit_blv[..., :REAL]).all()
 
 
+def test_logits_of_bf16_are_f32():
+  x_bld, e_vd = (np.asarray(a, jnp.bfloat16) for a in inputs()[:2])
+  with small.on():
+    logit_blv = loss.logits(jnp.asarray(x_bld), jnp.asarray(e_vd), REAL)
+  want = np.einsum('bld,vd->blv', np.float64(x_bld), np.float64(e_vd))
+  assert logit_blv.dtype == np.float32
+  np.testing.assert_allclose(logit_blv[..., :REAL], want[..., :REAL], rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_do_not_show_in_bf16():
+  """A gradient summed in bf16 would stop growing after some hundred chunks."""
+  random = np.random.default_rng(0)
+  x_bld = np.asarray(random.random((2, 1024, 8)), jnp.bfloat16)
+  e_vd = np.asarray(random.normal(size=(16, 8)), jnp.bfloat16)
+  label_bl, weight_bl = jnp.zeros((2, 1024), 'int32'), jnp.ones((2, 1024))
+
+  def gradients(chunk):
+    value = lambda *xe: loss.cross_entropy(*xe, label_bl, weight_bl, 16, chunk)
+    return jax.tree.map(np.float32, jax.jit(jax.value_and_grad(value, (0, 1)))(x_bld, e_vd))
+
+  with small.on():
+    small.assert_close(gradients(1), gradients(1024), rtol=2**-7, atol=1e-2)
+
+
 def temporaries(chunk):
   b, l, d, v = 2, 512, 16, 4096
   with small.on():

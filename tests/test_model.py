@@ -10,7 +10,7 @@ from flax import nnx
 
 from gptjax import attention, sharding
 from gptjax.errors import Mistake
-from gptjax.model import GPT, REMAT, drop, run_blocks
+from gptjax.model import GPT, REMAT, LayerNorm, drop, run_blocks
 from tests import small
 
 
@@ -215,7 +215,7 @@ def test_row_longer_than_the_positions_is_refused(trained):
     logits(program, params, small.rows(1, 1)[0])
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean(trained):
+def test_dropout_drops_its_share_and_keeps_the_mean():
   with small.on():
     x_bld = drop(jnp.ones((4, 64, 64)), 0.25, jax.random.split(jax.random.key(0), 4))
   assert set(np.unique(x_bld)) == {0, np.float32(1 / 0.75)}
@@ -223,21 +223,79 @@ def test_dropout_drops_its_share_and_keeps_the_mean(trained):
   assert not np.array_equal(x_bld[0], x_bld[1])
 
 
-def test_dropout_is_in_every_branch_and_off_without_keys(trained):
-  program, params = trained
-  dropping = small.program(dropout=0.5)
+def test_dropout_is_of_attention_too_and_off_without_keys(trained):
+  _, params = trained
+
+  def deaf(q_blhk, k_bshk, v_bshk, window, **_):
+    return attention.reference(q_blhk, k_bshk, v_bshk, window)
+
+  def hidden(key_b, **numerics):
+    with small.on():
+      run = jax.jit(small.program(**numerics).hidden)
+      return np.asarray(run(params, small.rows(1, 2)[0, :, :-1], key_b)[0])
+
+  keys, undropped = jax.random.split(jax.random.key(0), 2), hidden(None)
+  assert (hidden(keys, dropout=0.5) != hidden(keys, dropout=0.5, attend=deaf)).any()
+  np.testing.assert_array_equal(hidden(None, dropout=0.5), undropped)
+
+
+@pytest.fixture
+def bare(monkeypatch):
+  """`bare(program)` makes params that are all 0; norms do nothing.
+
+  A hidden state is then the sum of an embedding, a position and each branch's last bias.
+  """
+  monkeypatch.setattr(LayerNorm, '__call__', lambda self, x_bld, dtype: x_bld)
+  return lambda program: jax.tree.map(jnp.zeros_like, program.abstract_state()['params'])
+
+
+def test_every_branch_of_every_layer_and_row_has_its_own_dropout(bare):
+  B, N = 2, 5
+  program = small.program(dataclasses.replace(small.SHAPE, n_layers=N), dropout=0.5)
   with small.on():
-    token_bl = jax.device_put(small.rows(1, 2)[0], sharding.computed('bl'))
-    ones_b, keys = (
-      jax.device_put(a, sharding.computed('b'))
-      for a in (np.ones(2, 'f'), jax.random.split(jax.random.key(0), 2))
+    params = bare(program)
+    # Each branch has its own digit in base 4: 0 if dropped, 2 if kept, 1 if it knows no dropout.
+    params['embed'] += 1
+    params['blocks']['attn']['out_bias'] += 4.0 ** jnp.arange(1, 2 * N, 2)[:, None]
+    params['blocks']['mlp']['down_bias'] += 4.0 ** jnp.arange(2, 2 * N + 1, 2)[:, None]
+    keys = jax.random.split(jax.random.key(0), B)
+    x_bld, _ = jax.jit(program.hidden)(params, small.rows(1, B)[0, :, :-1], keys)
+  digits = np.int64(x_bld) // 4 ** np.arange(2 * N + 1)[:, None, None, None] % 4
+  assert set(np.unique(digits)) == {0, 2}
+  masks = digits.reshape((2 * N + 1) * B, -1)
+  same = (masks[:, None] == masks).mean(-1)
+  np.testing.assert_allclose(masks.mean(-1), 1, atol=0.2)
+  np.testing.assert_allclose(same[~np.eye(len(same), dtype=bool)], 0.5, atol=0.15)
+
+
+@pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 2, 2)])
+def test_gradient_of_a_frequent_token_is_summed_in_f32(bare, mesh):
+  """A bf16 sum of a thousand terms of one sign stops growing at a few hundred."""
+  shape = dataclasses.replace(small.SHAPE, n_layers=1, windows=(None,), context=128)
+  program = small.program(shape, dtype=jnp.dtype('bfloat16'))
+  random = np.random.default_rng(0)
+  token_bl = np.where(random.random((8, 128)) < 0.9, 7, random.integers(0, 250, (8, 128)))
+  dx_bld = np.asarray(random.random((8, 128, 32)), jnp.bfloat16)
+  with small.on(*mesh):
+    params = bare(program)
+    token, dx = (
+      jax.device_put(a, sharding.computed(dims)) for a, dims in ((token_bl, 'bl'), (dx_bld, 'bld'))
     )
-    loss = lambda program, key_b: float(
-      jax.jit(program.loss)(jax.tree.map(jnp.asarray, params), token_bl, ones_b, key_b)
-    )
-    assert loss(dropping, None) == loss(program, None)
-    assert loss(dropping, keys) != loss(program, None)
-    assert loss(dropping, keys) == loss(dropping, keys)
+    value = lambda params: (program.hidden(params, token)[0].astype('f') * dx).sum()
+    got = jax.jit(jax.grad(value))(params)['embed']
+  want = np.zeros(got.shape)
+  np.add.at(want, token_bl, np.float64(dx_bld))
+  np.testing.assert_allclose(got, want, rtol=2**-8)
+
+
+def test_statistics_of_a_norm_are_in_f32():
+  """Only the result is rounded: rows this far from 0 have no exact mean in bf16."""
+  x_bld = np.asarray(8 + np.random.default_rng(0).normal(size=(2, 16, 32)), jnp.bfloat16)
+  with small.on():
+    got = LayerNorm(32)(jnp.asarray(x_bld), jnp.bfloat16)
+  x = np.float64(x_bld)
+  want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(np.float64(got), want, rtol=1.01 * 2**-8)
 
 
 def test_model_is_a_pytree_of_named_arrays():
