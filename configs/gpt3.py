@@ -32,7 +32,9 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.model.dropout = 0.0
 
   c.data = ConfigDict()
-  c.data.folder = 'data/corpus'  # what gptjax.prepare made
+  # What gptjax.prepare made: folders with the weights that they are mixed by, as in
+  # 'data/web=60,data/books=40'.
+  c.data.sources = 'data/corpus'
   c.data.prefetch = 2  # batches made ahead
 
   c.batch = ConfigDict()

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
   c.model.dropout = 0.0
 
   c.data = ConfigDict()
-  c.data.folder = 'data/stdlib'
+  c.data.sources = 'data/stdlib'
   c.data.prefetch = 2
 
   c.batch = ConfigDict()

@@ -22,14 +22,14 @@ POLICY = {
   'eval': FREE,
   'profile': FREE,
   'resume': FREE,
-  'data.folder': FREE,  # it may move; what is in it is the corpus
+  'data.sources': FREE,  # folders may move; what is in them is the corpus
   'data.prefetch': FREE,
   'seed': NEVER,
   'model': NEVER,
   'model.dropout': RECIPE,
   'corpus.tokenizer': NEVER,
   'corpus.context': NEVER,
-  'corpus.digest': RECIPE,
+  'corpus.sources': RECIPE,
 }
 
 

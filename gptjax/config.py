@@ -11,6 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from gptjax import checkpoint, flags, kernels, schedule, sharding
+from gptjax.data import mixture
 from gptjax.errors import Mistake, mistake, raise_all
 from gptjax.model import REMAT, Numerics
 from gptjax.optimizer import AdamW
@@ -23,7 +24,7 @@ LAYERS = ('dense', 'banded')
 KNOBS = {
   '': 'workdir seed train_tokens profile',
   'model': 'n_layers d_model n_heads d_head d_ff context vocab_size pattern window dropout',
-  'data': 'folder prefetch',
+  'data': 'sources prefetch',
   'batch': 'sequences ramp_from ramp_step ramp_tokens',
   'lr': 'peak warmup_tokens decay_tokens final_fraction',
   'adamw': 'b1 b2 eps weight_decay clip_norm',
@@ -61,6 +62,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
   check_knobs(config)
   found = _Found()
   found.keep(_workdir, config.workdir)
+  found.keep(mixture.parse, config.data.sources)
   shape = found.keep(_shape, config)
   mesh = found.keep(_mesh, config, len(devices))
   if shape and mesh:
@@ -121,20 +123,6 @@ def check_knobs(config: ConfigDict) -> None:
   for name, value in given.items():
     if isinstance(value, float) and not math.isfinite(value):
       mistakes.append(mistake(name, value, 'a finite number', f'another --config.{name}'))
-  raise_all(mistakes)
-
-
-def check_corpus(shape: Shape, context: int, vocab_size: int, folder: str) -> None:
-  """Raises if a prepared corpus is not what the model was configured for."""
-  mistakes = []
-  if context != shape.context:
-    fix = f'--config.model.context={context}, or prepare with --config.context={shape.context}'
-    what = f'context of the windows in {folder}'
-    mistakes.append(mistake(what, context, f'{shape.context}, as model.context', fix))
-  if vocab_size != shape.vocab_size:
-    fix = f'--config.model.vocab_size={vocab_size}, or another tokenizer'
-    what = f'vocabulary of the tokenizer of {folder}'
-    mistakes.append(mistake(what, vocab_size, f'{shape.vocab_size}, as model.vocab_size', fix))
   raise_all(mistakes)
 
 

@@ -1,12 +1,13 @@
 """`python -m gptjax.train --config=configs/gpt3.py:125m --config.workdir=…` trains, or goes on."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -15,46 +16,54 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from gptjax import checkpoint, flags, metrics, schedule, sharding
-from gptjax.config import Run, check_corpus, resolve
+from gptjax.config import Run, resolve
 from gptjax.data import loader, shards, tokenizer
+from gptjax.data.corpora import Corpora, open_all
+from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import mistake, told_as
 
 
 def main(config: ConfigDict) -> None:
   """Trains to `train_tokens`, from the last checkpoint in the workdir if there is one."""
   run = resolve(config, jax.devices())
-  corpus = shards.describe(config.data.folder)
-  check_corpus(run.program.shape, corpus.context, corpus.vocab_size, corpus.folder)
-  splits = [shards.open_split(corpus.folder, name) for name in (shards.TRAIN, shards.VALIDATION)]
+  corpora = open_all(config.data.sources, run.program.shape)
   if config.log.wandb:
     metrics.import_wandb()  # before anything is made
   workdir = epath.Path(config.workdir)
   make_workdir(workdir)
-  settings = checkpoint.flatten(config.to_dict() | {'corpus': identity(corpus)})
+  settings = checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity})
   with contextlib.closing(
     checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
   ) as checkpoints:
-    start, taken, starts, changed = checkpoints.latest() or 0, 0, [], []
+    start, taken, starts, stages, changed = checkpoints.latest() or 0, 0, [], [], []
     if start:
       saved = checkpoints.record(start)
       changed = checkpoint.changes(saved['settings'], settings, config.resume.accept_changes)
       taken, starts = saved['step'], saved['starts']
+      stages = [Stage(**stage) for stage in saved['stages']]
     else:
       check_nothing_lost(workdir, run)
-    print(describe(run, corpus, start, taken), flush=True)
+    if not stages or stages[-1].weights != corpora.stage:
+      stages.append(Stage(start, corpora.stage))
+    mixed = Mixture(stages)
+    print(describe(run, corpora, mixed, start, taken), flush=True)
     if start >= run.ramp.total:
       print(f'nothing is left to train: {start:,} of {run.ramp.total:,} sequences', flush=True)
-      print(verdict(workdir, corpus))
+      print(verdict(workdir, corpora))
       return
     starts = [*starts, {'sequences': start, 'git': git_commit(), 'changes': changed}]
-    record = {'settings': settings, 'starts': starts}
+    record = {
+      'settings': settings,
+      'starts': starts,
+      'stages': [dataclasses.asdict(stage) for stage in stages],
+    }
     mesh = sharding.make_mesh(**run.mesh)
     with jax.set_mesh(mesh):
       if start:
         state = checkpoints.restore(start, run.program.abstract_state())
       else:
         state = jax.jit(lambda: run.program.init(jax.random.key(config.seed)))()
-      write_record(workdir, config, record, corpus)
+      write_record(workdir, config, record, corpora.first)
       with (
         metrics.MetricsWriter(
           workdir,
@@ -68,12 +77,13 @@ def main(config: ConfigDict) -> None:
       ):
         if not start:
           zero = {'step': 0, 'sequences': 0, 'tokens': 0}
-          writer.write({'kind': 'baseline', 'loss': corpus.unigram_nats} | zero)
-        trainer = Trainer(run, corpus, splits, mesh, writer, bar, workdir)
+          baseline = corpora.mean(corpora.unigram_nats)
+          writer.write({'kind': 'baseline', 'loss': baseline} | zero)
+        trainer = Trainer(run, corpora, mixed, mesh, writer, bar, workdir)
         clock = lambda step: {'sequences': step.end, 'step': step.number}
         save = lambda step, state: checkpoints.save(step.end, state, record | clock(step))
         trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
-  print(verdict(workdir, corpus))
+  print(verdict(workdir, corpora))
 
 
 def make_workdir(workdir: epath.Path) -> None:
@@ -107,20 +117,19 @@ class Trainer:
   def __init__(
     self,
     run: Run,
-    corpus: shards.Corpus,
-    splits: Sequence[shards.Windows],
+    corpora: Corpora,
+    mixed: Mixture,
     mesh: jax.sharding.Mesh,
     writer: metrics.MetricsWriter,
     bar: metrics.ProgressBar,
     workdir: epath.Path,
   ):
-    self.run, self.corpus, self.mesh = run, corpus, mesh
+    self.run, self.corpora, self.mesh = run, corpora, mesh
     self.writer, self.bar, self.workdir = writer, bar, workdir
     self.shape = run.program.shape
     self.train_step = jax.jit(run.program.train_step, donate_argnums=0)
     self.eval_step = jax.jit(run.program.eval_step)
-    windows, self.held_out = splits
-    self.windows = loader.stream(windows, run.program.seed)
+    self.windows = corpora.stream(mixed, run.program.seed)
     self.unread = None  # a step, its rate, and its metrics, which may still be being computed
     self.clock = time.perf_counter()  # when the time began that the unread step is charged with
     self.warm = False  # whether a step has run, so that the next one's time is not a compilation
@@ -190,29 +199,38 @@ class Trainer:
     self.bar.update(record)
 
   def validate(self, params: dict, step: schedule.Step) -> None:
-    """Writes the mean loss over the held-out windows, in their own order."""
-    rows = self.run.microbatch
-    count = min(len(self.held_out), self.run.eval_sequences)
-    total, unread = 0.0, None
-    for start in range(0, count, rows):
-      mine = min(rows, count - start)
-      token_gbl = loader.place(self.held_out, start, mine, 1, rows, self.mesh)
-      value = self.eval_step(params, token_gbl, np.int32(mine))
-      total += float(unread) if unread is not None else 0.0
-      unread = value
-    loss = (total + float(unread)) / (count * self.shape.context)
+    """Writes the mean loss over the held-out windows of each source, and of their mixture."""
+    losses, counts = {}, {}
+    for name, windows in self.corpora.held_out.items():
+      counts[name] = min(len(windows), self.run.eval_sequences)
+      losses[name] = self.loss(params, windows, counts[name])
+    apart = {}
+    if len(losses) > 1:
+      apart = {f'loss/{name}': loss for name, loss in losses.items()}
     self.writer.write(
       {
         'kind': 'validation',
         'step': step.number,
         'sequences': step.end,
         'tokens': step.end * self.shape.context,
-        'loss': loss,
-        'windows': count,
-        'bits_per_byte': shards.bits_per_byte(loss, self.corpus.validation),
+        'loss': self.corpora.mean(losses),
+        'bits_per_byte': self.corpora.bits_per_byte(losses),
+        'windows': sum(counts.values()),
+        **apart,
       }
     )
     self.clock = time.perf_counter()
+
+  def loss(self, params: dict, windows: shards.Windows, count: int) -> float:
+    """The mean loss in nats per token over the first `count` windows, in their own order."""
+    rows, total, unread = self.run.microbatch, 0.0, None
+    for start in range(0, count, rows):
+      mine = min(rows, count - start)
+      token_gbl = loader.place(windows, start, mine, 1, rows, self.mesh)
+      value = self.eval_step(params, token_gbl, np.int32(mine))
+      total += float(unread) if unread is not None else 0.0
+      unread = value
+    return (total + float(unread)) / (count * self.shape.context)
 
   def trace(self, step: schedule.Step | None) -> None:
     """Starts and ends the profiler's trace around the steps that the config names."""
@@ -224,11 +242,6 @@ class Trainer:
       else:
         jax.profiler.stop_trace()
       self.tracing, self.clock = wanted, time.perf_counter()
-
-
-def identity(corpus: shards.Corpus) -> dict:
-  """What a checkpoint knows of the corpus it was trained on."""
-  return {'tokenizer': corpus.tokenizer, 'context': corpus.context, 'digest': corpus.digest}
 
 
 def write_record(workdir: epath.Path, config: ConfigDict, record: dict, corpus) -> None:
@@ -250,7 +263,7 @@ def git_commit() -> str:
   return commit + '+' * bool(commit and git('status', '--porcelain', '-uno'))
 
 
-def describe(run: Run, corpus: shards.Corpus, start: int, taken: int) -> str:
+def describe(run: Run, corpora: Corpora, mixed: Mixture, start: int, taken: int) -> str:
   """What is about to run after `start` sequences and so many steps, in a few lines."""
   shape, numerics, ramp = run.program.shape, run.program.numerics, run.ramp
   batches = [rung.batch for rung in ramp.rungs]
@@ -258,10 +271,9 @@ def describe(run: Run, corpus: shards.Corpus, start: int, taken: int) -> str:
   rungs = f'{len(batches)} rung' + 's' * bool(batches[1:])
   computed, surplus = ramp.slots(run.microbatch)
   steps = range(taken + 1, taken + ramp.steps_left(start) + 1)
-  epochs = ramp.total / corpus.train.windows
   lines = {
     'model': f'{shape.n_params:,} parameters, {shape.n_layers} layers, context {shape.context}',
-    'data': f'{corpus.folder}: {corpus.train.windows:,} windows, {epochs:.2f} epochs',
+    'data': '\n         '.join(corpora.table(mixed, ramp.total)),
     'length': f'{ramp.total * shape.context:,} tokens = {ramp.total:,} sequences, '
     f'{taken + len(steps):,} steps',
     'batch': f'{ramped} sequences in {rungs}, in slices of {run.microbatch}; '
@@ -279,19 +291,24 @@ def describe(run: Run, corpus: shards.Corpus, start: int, taken: int) -> str:
   return '\n'.join(f'{name:8} {line}' for name, line in lines.items())
 
 
-def verdict(workdir: epath.Path, corpus: shards.Corpus) -> str:
-  """The last held-out loss beside that of a unigram model of the same tokens."""
-  told = lambda nats: (
-    f'{nats:.4f} nats per token, {shards.bits_per_byte(nats, corpus.validation):.4f} bits per byte'
-  )
+def verdict(workdir: epath.Path, corpora: Corpora) -> str:
+  """The last held-out losses beside those of unigram models of the same tokens."""
+  unigram = corpora.unigram_nats
   held_out = [r for r in metrics.read(workdir) if r['kind'] == 'validation']
-  loss = f'not in {metrics.FILE}'
-  if held_out:
-    last, there = held_out[-1], corpus.validation.windows
-    loss = told(last['loss'])
-    if last['windows'] < there:
-      loss += f', over the first {last["windows"]:,} of {there:,} windows'
-  return f'held-out loss  {loss}\nunigram model  {told(corpus.unigram_nats)}'
+  if not held_out:
+    return f'held-out loss  not in {metrics.FILE}'
+  last, rows = held_out[-1], []
+  there = sum(map(len, corpora.held_out.values()))
+  part = f', over {last["windows"]:,} of {there:,} windows' * (last['windows'] < there)
+  told = lambda nats, bits: f'{nats:.4f} nats per token, {bits:.4f} bits per byte'
+  rows.append(f'held-out loss  {told(last["loss"], last["bits_per_byte"])}{part}')
+  mean, bits = corpora.mean(unigram), corpora.bits_per_byte(unigram)
+  rows.append(f'unigram model  {told(mean, bits)}')
+  for name in unigram:
+    if f'loss/{name}' in last:
+      loss = last[f'loss/{name}']
+      rows.append(f'  {name}: {loss:.4f} nats per token, unigram model {unigram[name]:.4f}')
+  return '\n'.join(rows)
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ run() {
 run "$PYTHON" -m gptjax.prepare --config=configs/corpus.py --config.source=stdlib \
   --config.out=data/stdlib-2048 --config.vocab_size=32768
 run "$PYTHON" -m gptjax.train --config=configs/gpt3.py:125m --config.workdir=runs/gpu-smoke \
-  --config.data.folder=data/stdlib-2048 --config.model.vocab_size=32768 \
+  --config.data.sources=data/stdlib-2048 --config.model.vocab_size=32768 \
   --config.train_tokens=10e6 --config.lr.warmup_tokens=1e6 --config.lr.decay_tokens=10e6 \
   --config.batch.sequences=32 --config.batch.ramp_tokens=2e6 --config.compute.microbatch=8 \
   --config.eval.every_tokens=2e6 --config.save.every_tokens=5e6 "$@"

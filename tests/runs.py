@@ -1,5 +1,6 @@
 """A corpus, a config and a command line small enough for real runs in seconds."""
 
+import dataclasses
 import json
 import pathlib
 import signal
@@ -36,11 +37,14 @@ SETTINGS = {
 }
 
 
-def make_corpus(folder: pathlib.Path) -> str:
-  """Prepares some real text, as bytes, in a folder."""
+MODULES = (json, signal, subprocess, schedule, sharding, loader, train, shards)
+
+
+def make_corpus(folder: pathlib.Path, modules=MODULES, **knobs) -> str:
+  """Prepares the text of some modules, as bytes, in a folder."""
   text = folder / 'text'
-  text.mkdir()
-  for module in (json, signal, subprocess, schedule, sharding, loader, train, shards):
+  text.mkdir(parents=True)
+  for module in modules:
     name = module.__name__.replace('.', '_')
     parts = pathlib.Path(module.__file__).read_text(encoding='utf-8').split('\n\n\n')
     for i, part in enumerate(parts):
@@ -56,6 +60,7 @@ def make_corpus(folder: pathlib.Path) -> str:
     shards=2,
     on_bad_text='raise',
   )
+  recipe = dataclasses.replace(recipe, **knobs)
   prepared = folder / 'prepared'
   prepare.prepare(recipe, str(prepared), workers=1)
   return str(prepared)
@@ -68,13 +73,13 @@ def dotted(settings):
 
 def config(workdir, corpus, **settings):
   c = tiny.get_config()
-  given = {'workdir': str(workdir), 'data.folder': corpus}
+  given = {'workdir': str(workdir), 'data.sources': corpus}
   c.update_from_flattened_dict(SETTINGS | given | dotted(settings))
   return c
 
 
 def args(workdir, corpus, **settings):
   """The same config as a command line."""
-  settings = SETTINGS | {'workdir': workdir, 'data.folder': corpus} | dotted(settings)
+  settings = SETTINGS | {'workdir': workdir, 'data.sources': corpus} | dotted(settings)
   flags = [f'--config.{name}={value}' for name, value in settings.items()]
   return ['-m', 'gptjax.train', '--config=configs/tiny.py', *flags]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import gpt3, tiny
 from gptjax import checkpoint, schedule, sizes
-from gptjax.config import check_corpus, check_knobs, resolve
+from gptjax.config import check_knobs, resolve
 from gptjax.errors import Mistake
 from gptjax.optimizer import AdamW
 from tests import small
@@ -176,6 +176,7 @@ def test_a_run_is_what_the_knobs_say():
     ({'profile': '3'}, 'profile: got 3'),
     ({'save__keep': 0}, 'save.keep: got 0'),
     ({'seed': -1}, 'seed: got -1'),
+    ({'data__sources': 'a=-1'}, 'data.sources: got a=-1'),
     ({'seed': 2**32}, 'seed: got 4294967296, wanted less than'),
     ({'workdir': ''}, 'workdir: got none'),
     ({'workdir': 'gs://bucket/run'}, 'workdir: got gs://bucket/run, wanted a local folder'),
@@ -198,14 +199,6 @@ def test_all_mistakes_are_told_at_once():
     resolve(config, jax.devices())
   for word in ('fsdp', 'remat', 'lr: got peak', 'save.keep'):
     assert word in str(e.value)
-
-
-def test_corpus_of_another_context_or_tokenizer_is_refused():
-  with pytest.raises(Mistake, match='2 mistakes') as e:
-    check_corpus(small.SHAPE, 32, 300, 'data/x')
-  assert '--config.model.context=32' in str(e.value)
-  assert '--config.model.vocab_size=300' in str(e.value)
-  check_corpus(small.SHAPE, 16, 250, 'data/x')
 
 
 @pytest.mark.parametrize('platform, dtype', [('cpu', 'float32'), ('gpu', 'bfloat16')])

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from gptjax.data import loader
+from gptjax.data.mixture import Mixture, Stage
+from gptjax.errors import Mistake
 from tests import small
 
 
@@ -23,6 +25,24 @@ class Source:
     return np.full(17, index, 'uint16')
 
 
+class Numbered(Source):
+  """The same, counted from another number on."""
+
+  def __init__(self, n, first):
+    super().__init__(n)
+    self.first = first
+
+  def __getitem__(self, index):
+    return super().__getitem__(self.first + index)
+
+
+SIZES = {'a': 60, 'b': 17, 'c': 30}
+
+
+def stream(source, seed):
+  return loader.Stream({'a': source}, Mixture([Stage(0, {'a': 1})]), seed)
+
+
 def order(stream, indices):
   return [int(stream[i][0]) for i in indices]
 
@@ -30,23 +50,60 @@ def order(stream, indices):
 @pytest.mark.parametrize('epoch', [0, 1, 5, 10**9])
 def test_an_epoch_is_a_permutation(epoch):
   n = 50
-  stream = loader.stream(Source(n), seed=3)
-  assert sorted(order(stream, range(epoch * n, (epoch + 1) * n))) == list(range(n))
+  windows = stream(Source(n), 3)
+  assert sorted(order(windows, range(epoch * n, (epoch + 1) * n))) == list(range(n))
 
 
 def test_epochs_and_seeds_differ():
-  stream, other = loader.stream(Source(50), seed=3), loader.stream(Source(50), seed=4)
-  first = order(stream, range(50))
+  windows, other = stream(Source(50), 3), stream(Source(50), 4)
+  first = order(windows, range(50))
   assert first != list(range(50))
-  assert first != order(stream, range(50, 100))
+  assert first != order(windows, range(50, 100))
   assert first != order(other, range(50))
 
 
 def test_an_element_does_not_depend_on_what_was_read_before():
-  walked = order(loader.stream(Source(50), seed=3), range(120))
-  assert [order(loader.stream(Source(50), seed=3), [i])[0] for i in (119, 7, 60)] == [
+  walked = order(stream(Source(50), 3), range(120))
+  assert [order(stream(Source(50), 3), [i])[0] for i in (119, 7, 60)] == [
     walked[i] for i in (119, 7, 60)
   ]
+
+
+def test_a_source_is_seen_whole_in_each_of_its_epochs_whatever_it_is_mixed_with():
+  """Through a change of the weights and a source that joins."""
+  sources = {name: Numbered(n, 1000 * i) for i, (name, n) in enumerate(SIZES.items())}
+  stages = [Stage(0, {'a': 3, 'b': 1}), Stage(70, {'a': 1, 'b': 1, 'c': 2})]
+  windows = loader.Stream(sources, Mixture(stages), seed=0)
+  seen = order(windows, range(400))
+  for i, (name, n) in enumerate(SIZES.items()):
+    mine = [token - 1000 * i for token in seen if token // 1000 == i]
+    epochs = [mine[j : j + n] for j in range(0, len(mine) - n + 1, n)]
+    assert len(epochs) > 1, name
+    assert all(sorted(epoch) == [*range(n)] for epoch in epochs)
+    assert epochs[0] != epochs[1]
+  share = [sum(token // 1000 == i for token in seen[:70]) for i in range(3)]
+  assert share == [pytest.approx(52.5, abs=1), pytest.approx(17.5, abs=1), 0]
+
+
+def test_sources_of_one_length_are_shuffled_apart():
+  sources = {name: Source(40) for name in 'ab'}
+  windows = loader.Stream(sources, Mixture([Stage(0, {'a': 1, 'b': 1})]), seed=0)
+  seen = order(windows, range(80))
+  assert seen[::2] != seen[1::2] and sorted(seen[::2]) == sorted(seen[1::2])
+
+
+def test_a_place_a_million_million_sequences_away_is_as_near_as_any(monkeypatch):
+  """What is read to get there is that one window."""
+  source, read = Source(2**31), []
+  monkeypatch.setattr(Source, '__getitem__', lambda self, i: read.append(i) or np.full(17, 1))
+  stream(source, 0)[10**12]
+  assert len(read) == 1 and 0 <= read[0] < 2**31
+
+
+def test_a_source_too_long_to_shuffle_is_refused():
+  stream(Source(2**32 - 1), 0)
+  with pytest.raises(Mistake, match='got 4294967296, wanted at most 4294967295'):
+    stream(Source(2**32), 0)
 
 
 @pytest.mark.parametrize('mesh', [(1, 1, 1), *small.MESHES])

@@ -1,5 +1,7 @@
 """Real runs on real text: what they leave behind, and what a kill, a resume and a ramp change."""
 
+import argparse
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -15,10 +17,11 @@ from jax._src.array import ArrayImpl
 from configs import tiny
 from gptjax import checkpoint, metrics, schedule, sharding, train
 from gptjax.config import resolve
-from gptjax.data import loader, shards
+from gptjax.data import corpora, loader, mixture, shards
+from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import Mistake
 from tests import small
-from tests.runs import CONTEXT, SETTINGS, args, config
+from tests.runs import CONTEXT, SETTINGS, args, config, make_corpus
 
 
 def records(workdir, kind='train'):
@@ -182,7 +185,8 @@ def test_ramp_compiles_once_and_steps_are_read_one_behind(corpus, tmp_path, monk
 def test_stream_of_a_run_is_the_order_of_the_clock(corpus):
   """What steps are fed is f(seed, sequence index), in whatever batches."""
   run = resolve(config('x', corpus), jax.devices())
-  stream = loader.stream(shards.open_split(corpus, 'train'), seed=0)
+  opened = corpora.open_all(corpus, run.program.shape)
+  stream = opened.stream(Mixture([Stage(0, opened.stage)]), seed=0)
   with small.on(8) as _:
     mesh = sharding.make_mesh(8, 1, 1)
     for step in list(run.ramp.steps())[:9]:
@@ -239,7 +243,8 @@ def test_steps_are_counted_on_through_a_change_of_the_ramp(corpus, tmp_path):
 )
 def test_steps_of_a_profile_that_are_not_taken_are_told(corpus, profile, told):
   run = resolve(config('x', corpus, profile=profile), jax.devices())
-  said = train.describe(run, shards.describe(corpus), start=16, taken=2)
+  opened = corpora.open_all(corpus, run.program.shape)
+  said = train.describe(run, opened, Mixture([Stage(0, opened.stage)]), start=16, taken=2)
   assert f'profile  {told}' in said
 
 
@@ -270,16 +275,50 @@ def test_a_damaged_checkpoint_loses_nothing(straight, corpus, tmp_path):
 
 
 def test_verdict_says_over_what_it_is_and_what_is_missing(corpus, tmp_path):
-  about = shards.describe(corpus)
-  record = {'kind': 'validation', 'loss': 1.0, 'windows': 3}
+  opened = corpora.open_all(corpus, resolve(config('x', corpus), jax.devices()).program.shape)
+  there = opened.first.validation.windows
+  record = {'kind': 'validation', 'loss': 1.0, 'bits_per_byte': 0.5, 'windows': 3}
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
-  there = f'over the first 3 of {about.validation.windows} windows'
-  assert there in train.verdict(tmp_path, about)
-  record['windows'] = about.validation.windows
+  assert f'over 3 of {there} windows' in train.verdict(tmp_path, opened)
+  record['windows'] = there
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
-  assert 'over the first' not in train.verdict(tmp_path, about)
+  assert ' windows' not in train.verdict(tmp_path, opened)
   (tmp_path / 'metrics.jsonl').write_text('{"kind": "train"}\n')
-  assert 'held-out loss  not in metrics.jsonl' in train.verdict(tmp_path, about)
+  assert 'held-out loss  not in metrics.jsonl' in train.verdict(tmp_path, opened)
+
+
+def test_a_mixture_goes_on_through_a_change_of_its_weights(corpus, tmp_path, monkeypatch):
+  """Each sequence fed is that of the mixture; validation is of each source and of their mean."""
+  other = make_corpus(tmp_path / 'other', [argparse, dataclasses], seed=1)
+  other = shutil.move(other, tmp_path / 'more')
+  fed, place = [], loader.place
+
+  def watched(windows, start, count, *args):
+    if isinstance(windows, loader.Stream):
+      fed.extend((i, windows[i].tobytes()) for i in range(start, start + count))
+    return place(windows, start, count, *args)
+
+  monkeypatch.setattr(loader, 'place', watched)
+  name = mixture.name_of(corpus)
+  start = lambda sources, **settings: train.main(config(tmp_path / 'run', sources, **settings))
+  start(f'{corpus}=3,{other}=1', train_tokens=1024.0)
+  with pytest.raises(Mistake, match='corpus.sources.*got'):
+    start(f'{corpus}=1,{other}=1', train_tokens=1024.0)
+  start(f'{corpus}=1,{other}=1', train_tokens=2048.0, resume__accept_changes=True)
+
+  a, b = (shards.describe(folder).digest for folder in (corpus, other))
+  stages = [{'start': 0, 'weights': {a: 3, b: 1}}, {'start': 32, 'weights': {a: 1, b: 1}}]
+  assert state_of(tmp_path / 'run')[1]['stages'] == stages
+  mixed = Mixture([Stage(**stage) for stage in stages])
+  sources = {d: shards.open_split(f, 'train') for d, f in ((a, corpus), (b, other))}
+  wanted = loader.Stream(sources, mixed, seed=0)
+  assert fed == [(i, wanted[i].tobytes()) for i in range(64)]
+  assert mixed.counts(64) == {a: 40, b: 24}
+
+  held_out = records(tmp_path / 'run', 'validation')
+  for record, share in ((held_out[0], 0.75), (held_out[-1], 0.5)):
+    mean = share * record[f'loss/{name}'] + (1 - share) * record['loss/more']
+    assert record['loss'] == pytest.approx(mean)
 
 
 def test_damaged_text_ends_a_run_plainly(corpus, tmp_path):
@@ -296,7 +335,7 @@ def test_damaged_text_ends_a_run_plainly(corpus, tmp_path):
 @pytest.mark.parametrize(
   'settings, told',
   [
-    ({'data__folder': 'nowhere'}, 'nowhere'),
+    ({'data__sources': 'nowhere'}, 'nowhere'),
     ({'model__context': 64}, 'context of the windows .*got 32, wanted 64'),
     ({'model__vocab_size': 300}, 'vocabulary .*got 257, wanted 300'),
     ({'mesh__fsdp': 3}, 'mesh axis fsdp'),
@@ -389,7 +428,7 @@ def test_tiny_learns_more_of_the_standard_library_than_its_unigrams(tmp_path, ru
   corpus = [f'--config.{k}' for k in ('source=stdlib', f'out={data}', 'context=256')]
   run_python(['-m', 'gptjax.prepare', '--config=configs/corpus.py', *corpus], timeout=200)
   flags = [
-    f'--config.data.folder={data}',
+    f'--config.data.sources={data}',
     f'--config.workdir={workdir}',
     '--config.train_tokens=4e5',
   ]

@@ -1,22 +1,45 @@
 """The stream of tokens as a pure function of (seed, sequence index), and its rows on devices."""
 
 import concurrent.futures
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import grain
 import jax
 import numpy as np
 
 from gptjax import sharding
+from gptjax.data.mixture import Mixture
+from gptjax.errors import mistake
+
+MAX_WINDOWS = 2**32 - 1  # Grain shuffles indices of 32 bits
 
 
-def stream(source: Sequence, seed: int) -> grain.MapDataset:
-  """An endless sequence of the source's windows, to be read at any index.
+class Stream:
+  """The stream of tokens: element i is a window, by the seed, the mixture and i alone.
 
-  Each epoch is a permutation of the source, so nothing repeats before everything was seen; epochs
-  differ. There is no state: element i is the same whoever reads it, and whatever was read before.
+  Each epoch of a source is a permutation of it, so nothing of it comes twice before everything was
+  seen; epochs differ. There is no state: whoever reads element i, after whatever else, gets the
+  same. Raises a Mistake for a source that is too long to shuffle.
   """
-  return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+
+  def __init__(self, sources: Mapping[str, Sequence], mixture: Mixture, seed: int):
+    """`sources` of the mixture's last stage at least, each by the name that the mixture uses."""
+    self._mixture = mixture
+    self._shuffled = {name: _shuffled(name, source, seed) for name, source in sources.items()}
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    name, i = self._mixture.locate(index)
+    return self._shuffled[name][i]
+
+
+def _shuffled(name: str, source: Sequence, seed: int) -> grain.MapDataset:
+  if len(source) > MAX_WINDOWS:
+    fix = 'cutting it into several sources'
+    raise mistake(f'windows in source {name}', len(source), f'at most {MAX_WINDOWS}', fix)
+  # A seed of its own, so that sources of one length are not shuffled alike.
+  own = hashlib.sha256(f'{seed} {name}'.encode()).digest()[:4]
+  return grain.MapDataset.source(source).shuffle(int.from_bytes(own, 'little')).repeat()
 
 
 def place(
@@ -25,7 +48,7 @@ def place(
   """The windows `start … start + count - 1` as rows on a mesh, then rows of zeros.
 
   Args:
-    windows: a `stream`, or a source in its own order.
+    windows: a `Stream`, or a source in its own order.
     start: index of the first window.
     count: windows to read, at most slices · rows.
     slices: g.
