@@ -14,6 +14,7 @@ import jax
 import tensorboardX
 import tqdm
 
+from gptjax import files
 from gptjax.errors import Mistake, mistake
 
 FILE = 'metrics.jsonl'
@@ -205,13 +206,6 @@ def reached(workdir: str | os.PathLike) -> int:
   return max((r['sequences'] for r in _parse(path)), default=0) if path.exists() else 0
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file beside its place and moves it over, so that dying here leaves the one before."""
-  beside = path.with_name(path.name + '.tmp')
-  beside.write_text(text)
-  os.replace(beside, path)
-
-
 class ProgressBar:
   """How far a run is, in sequences, with its loss and throughput and the time left.
 
@@ -306,7 +300,7 @@ def _keep(path: pathlib.Path, resume_at: int) -> list[dict]:
     return []
   kept = [r for r in _parse(path) if 0 < resume_at and r['sequences'] <= resume_at]
   lines = [json.dumps({name: _encode(value) for name, value in r.items()}) + '\n' for r in kept]
-  write_whole(path, ''.join(lines))
+  files.write_whole(path, ''.join(lines))
   return kept
 
 

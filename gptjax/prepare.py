@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import json
 import multiprocessing
 import os
 import pathlib
@@ -15,18 +16,20 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 import tqdm
 from ml_collections import ConfigDict
 
-from gptjax import flags
+from gptjax import files, flags
 from gptjax.data import shards, sources, spool
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 # A tokenizer is trained on the first training documents, in seeded order, up to this much text.
 TOKENIZER_BYTES = 10_000_000
+SPOOL = 'spool'  # in the unfinished folder: documents sorted into shards
 Job, Result = TypeVar('Job'), TypeVar('Result')
 # Runs a function over jobs, in any order of work, and yields the results in the jobs' order.
 Run = Callable[[str, Callable[[Job], Result], list[Job]], Iterator[Result]]
@@ -99,6 +102,7 @@ def prepare(recipe: Recipe, out: str, workers: int) -> tuple[shards.Corpus, bool
   """Makes the folder `out`, or finds it made by the same recipe from the same files (False).
 
   Works beside it in `<out>.incomplete` and renames that at the end, so `out` is never half made.
+  What was finished there by the same recipe, before it was stopped, is not done again.
   Raises Mistake if `out` holds anything else, or for what `sources` and `shards` refuse.
   """
   source = sources.find(recipe.source, recipe.text_column, recipe.on_bad_text == 'skip')
@@ -106,25 +110,40 @@ def prepare(recipe: Recipe, out: str, workers: int) -> tuple[shards.Corpus, bool
   target = pathlib.Path(out)
   work = target.with_name(target.name + '.incomplete')
   there = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-  try:
-    with (
-      told_as(f'out {out!r}', 'a folder that can be made', 'another --config.out', OSError),
-      _processes(workers) as run,
-    ):
-      if not there:  # first, so that a place where nothing can be made costs no reading
-        shutil.rmtree(work, ignore_errors=True)  # of a preparation that died
-        work.mkdir(parents=True)
-      asked = _asked(recipe, source, given, run)
-      if there:
-        _refuse_unlike(out, asked)
-      else:
-        _make(recipe, source, given, asked, str(work), run)
-        work.rename(target)
-  except BaseException:
-    if not there:
-      shutil.rmtree(work, ignore_errors=True)
-    raise
-  return shards.describe(out), not there
+  memory = 'fewer --config.workers or more --config.shards'
+  with (
+    told_as(
+      f'out {out!r}', 'a folder that can be made', 'more room or another --config.out', OSError
+    ),
+    told_as('a worker', 'memory for one shard a worker', memory, BrokenProcessPool),
+    _processes(workers) as run,
+  ):
+    if not there:  # first, so that a place where nothing can be made costs no reading
+      work.mkdir(parents=True, exist_ok=True)
+    asked = _asked(recipe, source, given, run)
+    if there:
+      _refuse_unlike(out, asked)
+      return shards.describe(out), False
+    try:
+      _take_over(work, asked)
+      _make(recipe, source, given, asked, str(work), run)
+    except Mistake:  # another recipe or other files are needed
+      shutil.rmtree(work)
+      raise
+    work.rename(target)
+  return shards.describe(out), True
+
+
+def _take_over(work: pathlib.Path, asked: dict[str, object]) -> None:
+  """Empties a folder of unfinished work unless the same was asked for."""
+  note = work / 'asked.json'
+  text = json.dumps(asked | {'format': shards.FORMAT}, sort_keys=True)
+  if not note.exists() or note.read_text() != text:
+    shutil.rmtree(work)
+    work.mkdir()
+    note.write_text(text)
+  elif any((work / SPOOL).glob('*.read')):
+    print(f'going on with the unfinished {work}', flush=True)
 
 
 def table(corpus: shards.Corpus) -> str:
@@ -163,8 +182,8 @@ def _make(
   work: str,
   run: Run,
 ) -> None:
-  spooled = os.path.join(work, 'spool')
-  os.mkdir(spooled)
+  spooled = os.path.join(work, SPOOL)
+  os.makedirs(spooled, exist_ok=True)
   skipped = collections.Counter(dict(source.left_out))
   parts = [
     _Part(source, files, i, spooled, recipe.seed, recipe.validation_fraction, recipe.shards)
@@ -172,17 +191,18 @@ def _make(
   ]
   for counts in run('reading', _spool, parts):
     skipped.update(counts)
-  if not os.listdir(spooled):
+  if not spool.names(spooled):
     raise mistake(
       'corpus',
       f'{recipe.source!r} without a document (skipped: {dict(skipped)})',
       'one at least',
       'another --config.source or --config.text_column',
     )
-  tokenizer = given or tokenizers.train_sentencepiece(
-    _sample(spooled, recipe.shards, TOKENIZER_BYTES), recipe.vocab_size
-  )
-  tokenizer.save(work)
+  if not os.path.exists(os.path.join(work, tokenizers.CARD)):
+    tokenizer = given or tokenizers.train_sentencepiece(
+      _sample(spooled, recipe.shards, TOKENIZER_BYTES), recipe.vocab_size
+    )
+    tokenizer.save(work)
   jobs = [
     shards.Shard(split, i, count, spooled, work, recipe.context)
     for split in (shards.TRAIN, shards.VALIDATION)
@@ -190,8 +210,10 @@ def _make(
     for i in range(count)
   ]
   made = list(run('packing', shards.make_shard, jobs))
-  shutil.rmtree(spooled)
   shards.finish(work, made, context=recipe.context, seed=recipe.seed, skipped=skipped, asked=asked)
+  # Last, so that until all is there nothing is missing for going on.
+  shutil.rmtree(spooled)
+  os.remove(os.path.join(work, 'asked.json'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +230,13 @@ class _Part:
 
 
 def _spool(part: _Part) -> collections.Counter[str]:
-  """Reads a part's documents into the spool, one bucket per shard; returns what was skipped."""
+  """Reads a part's documents into the spool, one bucket per shard; returns what was skipped.
+
+  A part that was read before is not read again.
+  """
+  done = pathlib.Path(part.spool) / f'{part.index:05d}.read'
+  if done.exists():
+    return collections.Counter(json.loads(done.read_text()))
   skipped = collections.Counter()
   with spool.Writer(part.spool, part.index) as writer:
     for file in part.files:
@@ -217,6 +245,7 @@ def _spool(part: _Part) -> collections.Counter[str]:
         key = spool.key(text, part.seed)
         split, index = shards.place(key, part.validation_fraction, part.shards)
         writer.add(shards.bucket_name(split, index), key, text)
+  files.write_whole(done, json.dumps(skipped))
   return skipped
 
 
@@ -295,13 +324,6 @@ def _processes(workers: int) -> Iterator[Run]:
     def there(label: str, function: Callable[[Job], Result], jobs: list[Job]) -> Iterator[Result]:
       try:
         yield from _shown(label, pool.map(function, jobs), len(jobs))
-      except concurrent.futures.process.BrokenProcessPool as e:
-        raise mistake(
-          'a worker',
-          'killed by the system',
-          'memory for one shard per worker',
-          'fewer --config.workers or more --config.shards',
-        ) from e
       except BaseException:
         # Nothing may still write into a folder that the caller is about to remove.
         pool.shutdown(cancel_futures=True)

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptjax import checkpoint, flags, metrics, schedule, sharding
+from gptjax import checkpoint, files, flags, metrics, schedule, sharding
 from gptjax.config import Run, resolve
 from gptjax.data import loader, shards, tokenizer
 from gptjax.data.corpora import Corpora, open_all
@@ -246,8 +246,8 @@ class Trainer:
 
 def write_record(workdir: epath.Path, config: ConfigDict, record: dict, corpus) -> None:
   """Puts the config, the commit and the tokenizer where the run is."""
-  metrics.write_whole(workdir / 'config.json', config.to_json_best_effort(indent=2))
-  metrics.write_whole(workdir / 'record.json', json.dumps(record, indent=2))
+  files.write_whole(workdir / 'config.json', config.to_json_best_effort(indent=2))
+  files.write_whole(workdir / 'record.json', json.dumps(record, indent=2))
   tokenizer.load(corpus.folder).save(workdir)
 
 

@@ -139,7 +139,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_runs_again(tmp_path
   knobs = dict(source=source, out=out, workers=2, shards=16)
   running = subprocess.Popen(command(**knobs), env=ENV, stderr=subprocess.DEVNULL)
   work = tmp_path / 'out.incomplete'
-  while not list(work.glob('corpus-*')):
+  while not list((work / 'spool').glob('*.made')):
     assert running.poll() is None, 'ended before it could be killed'
     time.sleep(0.01)
   workers = psutil.Process(running.pid).children(recursive=True)
@@ -150,28 +150,84 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_runs_again(tmp_path
     shards.describe(out)
   _, alive = psutil.wait_procs(workers, timeout=30)
   assert not alive  # no orphan waits for jobs for ever
+  finished = {p.name[:-5] for p in (work / 'spool').glob('*.made')}
+  times = {p.name: p.stat().st_mtime_ns for p in work.glob('corpus-*')}
   done = run(**knobs)
   assert done.returncode == 0, done.stderr
+  assert 'going on with the unfinished' in done.stdout
   assert not work.exists() and shards.describe(out).train.windows > 0
+  assert finished  # and they were not made again
+  for name in finished:
+    (file,) = out.glob(f'corpus-{name.replace("-", ".array_record-")}-of-*')
+    assert file.stat().st_mtime_ns == times[file.name]
+  assert run(**knobs | {'out': tmp_path / 'straight'}).returncode == 0
+  assert contents(out) == contents(tmp_path / 'straight')
 
 
-def test_interrupted_run_tidies_up(tmp_path):
+def contents(folder):
+  return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_unfinished_work_of_another_recipe_is_not_taken_over(tmp_path, folder):
+  assert run(source=folder, out=tmp_path / 'straight', seed=1).returncode == 0
+  work = tmp_path / 'out.incomplete'
+  (work / 'spool').mkdir(parents=True)
+  (work / 'asked.json').write_text('{"seed": 0}')
+  (work / 'spool' / '00000.read').write_text('{}')
+  (work / 'corpus-train.array_record-00000-of-00002').write_bytes(b'old')
+  done = run(source=folder, out=tmp_path / 'out', seed=1)
+  assert done.returncode == 0 and 'going on' not in done.stdout
+  assert contents(tmp_path / 'out') == contents(tmp_path / 'straight')
+
+
+def test_a_full_disk_is_told_and_the_next_run_completes_it(tmp_path):
+  """No file may grow beyond some size, which is told as a full disk is: at the first shard."""
+  source = pathlib.Path(argparse.__file__).parent / '[a-c]*.py'
+  knobs = dict(source=source, out=tmp_path / 'out', shards=4)
+  program = [sys.executable, '-c', LIMITED, *command(**knobs)[2:]]
+  done = subprocess.run(program, capture_output=True, text=True, env=ENV, timeout=120)
+  assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+  assert 'wanted a folder that can be made; try more room' in done.stderr
+  assert not (tmp_path / 'out').exists()
+  done = run(**knobs)
+  assert done.returncode == 0 and 'going on with the unfinished' in done.stdout
+  assert run(**knobs | {'out': tmp_path / 'straight'}).returncode == 0
+  assert contents(tmp_path / 'out') == contents(tmp_path / 'straight')
+
+
+LIMITED = """
+import resource, runpy, sys
+from gptjax.data import shards
+make = shards.make_shard
+def limited(shard):
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+  return make(shard)
+shards.make_shard = limited
+sys.argv[0] = 'prepare'
+runpy.run_module(sys.argv.pop(1), run_name='__main__')
+"""
+
+
+def test_interrupted_run_is_gone_on_with(tmp_path):
   source = pathlib.Path(argparse.__file__).parent / '[a-i]*.py'
+  knobs = dict(source=source, out=tmp_path / 'out', workers=2, shards=400)
   running = subprocess.Popen(
-    command(source=source, out=tmp_path / 'out', workers=2, shards=400),
+    command(**knobs),
     env=ENV,
     stderr=subprocess.PIPE,
     text=True,
     start_new_session=True,
   )
   # Hundreds of shards are still to come when the work has begun.
-  while not (tmp_path / 'out.incomplete').exists():
+  while not (tmp_path / 'out.incomplete' / 'spool').exists():
     assert running.poll() is None, 'ended before it could be interrupted'
     time.sleep(0.01)
   os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the workers too
   _, told = running.communicate(timeout=60)
   assert running.returncode == 130 and told.endswith('interrupted\n')
-  assert os.listdir(tmp_path) == []
+  assert os.listdir(tmp_path) == ['out.incomplete']
+  assert run(**knobs).returncode == 0
+  assert os.listdir(tmp_path) == ['out']
 
 
 def test_out_that_holds_something_else(tmp_path, folder):

@@ -320,7 +320,7 @@ def test_a_damaged_record_is_told_when_it_is_read(texts, tmp_path):
       windows[i]
 
 
-def test_a_failure_on_the_way_leaves_nothing(texts, tmp_path, monkeypatch):
+def test_a_failure_on_the_way_leaves_nothing_that_looks_whole(texts, tmp_path, monkeypatch):
   """Stopped at the last step, the folder does not exist; run again, it is as if never stopped."""
   whole = make(tmp_path, texts, name='whole')
   stop = lambda *args, **knobs: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -328,7 +328,7 @@ def test_a_failure_on_the_way_leaves_nothing(texts, tmp_path, monkeypatch):
     m.setattr(shards, 'finish', stop)
     with pytest.raises(KeyboardInterrupt):
       make(tmp_path, texts)
-  assert sorted(os.listdir(tmp_path)) == ['source', 'whole']
+  assert sorted(os.listdir(tmp_path)) == ['out.incomplete', 'source', 'whole']
   with pytest.raises(Mistake, match='does not exist'):
     shards.describe(tmp_path / 'out')
   assert files(make(tmp_path, texts).folder) == files(whole.folder)

@@ -1,10 +1,13 @@
 """Documents to token windows to ArrayRecord shards that are a TFDS dataset, and back."""
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -12,6 +15,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
+from gptjax import files
 from gptjax.data import spool
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.tokenizer import Tokenizer
@@ -110,8 +114,11 @@ def make_shard(shard: Shard) -> Made:
   """Spooled documents to one ArrayRecord file of windows.
 
   A pure function of the spooled documents, the tokenizer and `shard`, whoever runs it. The file
-  appears under its name only when whole. Holds one document's tokens at a time.
+  appears under its name only when whole, and what was made before is not made again. Holds one
+  document's tokens at a time.
   """
+  if made := _made_before(shard):
+    return made
   tokenizer = tokenizers.load(shard.out)
   documents = spool.Bucket(shard.spool, bucket_name(shard.split, shard.index))
   counted = _Counted(documents, tokenizer)
@@ -119,18 +126,17 @@ def make_shard(shard: Shard) -> Made:
   digest, targets, windows = hashlib.sha256(), np.zeros(tokenizer.vocab_size, np.int64), 0
 
   path = os.path.join(shard.out, shard.file)
-  writer = array_record_module.ArrayRecordWriter(path + '.incomplete', _RECORDS)
-  for rows in pack(counted, tokenizer.end_of_text, shard.context):
-    digest.update(rows.astype('<i4').tobytes())
-    targets += np.bincount(rows[:, 1:].reshape(-1), minlength=tokenizer.vocab_size)
-    windows += len(rows)
-    for row in rows.astype(features['tokens'].np_dtype):
-      writer.write(features.serialize_example({'tokens': row}))
-  writer.close()
+  with _writer(path + '.incomplete') as writer:
+    for rows in pack(counted, tokenizer.end_of_text, shard.context):
+      digest.update(rows.astype('<i4').tobytes())
+      targets += np.bincount(rows[:, 1:].reshape(-1), minlength=tokenizer.vocab_size)
+      windows += len(rows)
+      for row in rows.astype(features['tokens'].np_dtype):
+        writer.write(features.serialize_example({'tokens': row}))
   os.replace(path + '.incomplete', path)
 
   tokens = int(counted.token_counts.sum())
-  return Made(
+  made = Made(
     shard=shard,
     holds=Split(
       documents=len(documents),
@@ -145,6 +151,44 @@ def make_shard(shard: Shard) -> Made:
     token_counts=counted.token_counts,
     target_counts=targets,
   )
+  _note_made(made)
+  return made
+
+
+@contextlib.contextmanager
+def _writer(path: str) -> Iterator[array_record_module.ArrayRecordWriter]:
+  try:
+    writer = array_record_module.ArrayRecordWriter(path, _RECORDS)
+    yield writer
+    writer.close()
+  except RuntimeError as e:  # what this library makes of a full disk
+    raise OSError(str(e)) from e
+
+
+def _note(shard: Shard) -> pathlib.Path:
+  """Where it is noted what a shard came to, once it is made."""
+  return pathlib.Path(shard.spool) / f'{shard.name}.made'
+
+
+def _note_made(made: Made) -> None:
+  about = {'holds': dataclasses.asdict(made.holds)}
+  about |= {name: getattr(made, name) for name in ('duplicates', 'digest', 'file_bytes')}
+  arrays = {name: getattr(made, name) for name in ('token_counts', 'target_counts')}
+  data = io.BytesIO()
+  np.savez(data, about=json.dumps(about), **arrays)
+  files.write_whole(_note(made.shard), data.getvalue())
+
+
+def _made_before(shard: Shard) -> Made | None:
+  if not _note(shard).exists():
+    return None
+  with np.load(_note(shard)) as noted:
+    about = json.loads(str(noted['about']))
+    arrays = {name: noted[name] for name in ('token_counts', 'target_counts')}
+  about['holds'] = Split(**about['holds'])
+  made = Made(shard=shard, **about, **arrays)
+  path = os.path.join(shard.out, shard.file)
+  return made if os.path.exists(path) and os.path.getsize(path) == made.file_bytes else None
 
 
 class _Counted:

@@ -31,11 +31,18 @@ def bucket(key: bytes, buckets: int) -> int:
   return int.from_bytes(key[8:], 'little') % buckets
 
 
+def names(folder: str) -> set[str]:
+  """The buckets that hold anything."""
+  return {path.name.rsplit('.part', 1)[0] for path in pathlib.Path(folder).glob('*.part*')}
+
+
 class Writer:
-  """Appends documents to the buckets of one part."""
+  """Writes the documents of one part to their buckets, instead of what it wrote there before."""
 
   def __init__(self, folder: str, part: int):
     self._folder, self._part = pathlib.Path(folder), part
+    for left in self._folder.glob(f'*.part{part:05d}'):
+      left.unlink()  # of a writer that died
     self._buffers, self._held = collections.defaultdict(bytearray), 0
 
   def add(self, bucket: str, key: bytes, text: bytes) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import operator
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
@@ -14,6 +15,7 @@ import sentencepiece
 import tiktoken
 from etils import epath
 
+from gptjax import files
 from gptjax.errors import mistake, told_as
 
 END_OF_TEXT = '<|endoftext|>'
@@ -275,7 +277,7 @@ def _bytes_of(path: epath.Path) -> bytes:
 
 def _save_card(folder: str, kind: str, identity: str) -> None:
   card = json.dumps({'kind': kind, 'identity': identity}, indent=2)
-  (epath.Path(folder) / CARD).write_text(card + '\n')
+  files.write_whole(os.path.join(folder, CARD), card + '\n')
 
 
 def _stretches(text: str, size: int) -> Iterator[str]:
