@@ -5,16 +5,18 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   c = ConfigDict()
-  # What to read: a folder (.txt, .jsonl, .parquet; .gz and .zst of the first two), a glob, a
-  # file, or `stdlib`, the source of this Python's standard library.
+  # What to read, one or several with commas between: a folder (.txt, .jsonl, .parquet; .gz and .zst
+  # of the first two; Megatron's .bin with .idx; a TFDS dataset in array_record), a glob, a file
+  # (nanoGPT's .bin too), or `stdlib`, the source of this Python's standard library.
   c.source = 'stdlib'
-  # Of .jsonl and .parquet. Other fields are not read.
+  # Of .jsonl, .parquet and TFDS datasets. Other fields are not read.
   c.text_column = 'text'
   # The folder to make.
   c.out = ''
   # Windows hold context + 1 tokens.
   c.context = 2048
-  # `train` one on the corpus, `bytes`, or the folder (or .model file) of a saved one.
+  # `train` one on the corpus, `bytes`, the folder of a saved one, a SentencePiece .model,
+  # the folder of GPT-2's encoder.json and vocab.bpe, or its .tiktoken file.
   c.tokenizer = 'train'
   # Of the tokenizer to train; a given one has its own.
   c.vocab_size = 4096

@@ -105,7 +105,8 @@ def prepare(recipe: Recipe, out: str, workers: int) -> tuple[shards.Corpus, bool
   What was finished there by the same recipe, before it was stopped, is not done again.
   Raises Mistake if `out` holds anything else, or for what `sources` and `shards` refuse.
   """
-  source = sources.find(recipe.source, recipe.text_column, recipe.on_bad_text == 'skip')
+  skip = recipe.on_bad_text == 'skip'
+  source = sources.find(recipe.source, recipe.text_column, recipe.tokenizer, skip)
   given = None if recipe.tokenizer == 'train' else _given_tokenizer(recipe.tokenizer)
   target = pathlib.Path(out)
   work = target.with_name(target.name + '.incomplete')

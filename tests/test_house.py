@@ -24,6 +24,7 @@ FLOORS = {
   'schedule': 0,
   'data.tokenizer': 0,
   'data.spool': 0,
+  'data.token_files': 0,
   'data.mixture': 0,
   'attention': 1,
   'kernels': 1.5,

@@ -8,10 +8,13 @@ import sys
 import sysconfig
 
 import hypothesis
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow_datasets as tfds
 import zstandard
+from array_record.python import array_record_module
 from hypothesis import strategies as st
 
 from gptjax.data import sources
@@ -33,9 +36,9 @@ def json_lines(texts, column='text', **knobs):
   return ''.join(json.dumps({'id': i, column: t}, **knobs) + '\n' for i, t in enumerate(texts))
 
 
-def read_all(source, text_column='text', skip=False):
+def read_all(source, text_column='text', skip=False, tokenizer='train'):
   """All documents and the counts of what was skipped."""
-  found = sources.find(str(source), text_column, skip)
+  found = sources.find(str(source), text_column, str(tokenizer), skip)
   skipped = collections.Counter(dict(found.left_out))
   return [d for f in found.files for d in sources.read(found, f, skipped)], dict(skipped)
 
@@ -185,6 +188,49 @@ def test_damaged_file_raises_even_if_bad_text_is_skipped(tmp_path, name, damage)
   path.write_bytes(data[: len(data) // 2] if damage == 'cut' else b'garbage' + data)
   with pytest.raises(Mistake, match=f'{name}: got .*, wanted a readable file'):
     read_all(path, skip=True)
+
+
+def test_several_places_are_read_once_each(tmp_path):
+  (tmp_path / 'a.txt').write_text('one')
+  (tmp_path / 'more').mkdir()
+  (tmp_path / 'more' / 'b.jsonl').write_text(json_lines(['two', 'three']))
+  documents, _ = read_all(f'{tmp_path}/*.txt, {tmp_path}/more,{tmp_path}/a.txt')
+  assert sorted(d.text for d in documents) == ['one', 'three', 'two']
+  with pytest.raises(Mistake, match='2 mistakes'):
+    read_all(f'nowhere,{tmp_path}/*.md,{tmp_path}')
+
+
+def test_a_tfds_dataset_is_its_examples(tmp_path):
+  make_dataset(tmp_path, TEXTS)
+  documents, _ = read_all(tmp_path, skip=True)
+  assert sorted(d.text for d in documents) == sorted(t for t in TEXTS if t)
+  with pytest.raises(Mistake, match="no text column .*'txt' is not among"):
+    read_all(tmp_path, text_column='txt')
+  (tmp_path / 'features.json').write_text('{')
+  with pytest.raises(Mistake, match='wanted a TFDS dataset in array_record'):
+    read_all(tmp_path)
+
+
+def make_dataset(folder, texts):
+  """A dataset as TFDS writes it, of one split in two shards."""
+  features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'id': np.int64})
+  lengths = []
+  for shard in range(2):
+    name = f'made-train.array_record-{shard:05d}-of-00002'
+    writer = array_record_module.ArrayRecordWriter(str(folder / name), 'group_size:1')
+    for i, text in enumerate(texts[shard::2]):
+      writer.write(features.serialize_example({'text': text, 'id': i}))
+    writer.close()
+    lengths.append(len(texts[shard::2]))
+  template = tfds.core.ShardedFileTemplate(
+    data_dir=folder, dataset_name='made', filetype_suffix='array_record'
+  )
+  info = tfds.core.SplitInfo(
+    name='train', shard_lengths=lengths, num_bytes=0, filename_template=template
+  )
+  tfds.folder_dataset.write_metadata(
+    data_dir=folder, features=features, split_infos=[info], check_data=False
+  )
 
 
 def test_nothing_to_read(tmp_path):

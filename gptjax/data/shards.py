@@ -340,8 +340,20 @@ class Windows:
   def __getitem__(self, index: int) -> np.ndarray:
     if not 0 <= index < self._length:
       raise IndexError(f'window {index} of {self._length}')
-    with told_as(f'window {index} of {self!r}', 'a readable record', AGAIN, RuntimeError):
+    try:
       return self._source[index]['tokens']
+    except RuntimeError as e:
+      file, record = self._place(index)
+      with told_as(f'{file}, record {record}', 'a readable one', AGAIN, RuntimeError):
+        raise e
+
+  def _place(self, index: int) -> tuple[str, int]:
+    """The file of a window, and its record there."""
+    split = tfds.builder_from_directory(self._folder).info.splits[self._split]
+    ends = np.cumsum(split.shard_lengths)
+    shard = int(np.searchsorted(ends, index, side='right'))
+    name = sorted(split.filenames)[shard]
+    return os.path.join(self._folder, name), int(index - (ends[shard - 1] if shard else 0))
 
   def __repr__(self) -> str:
     return f'Windows({self._folder!r}, {self._split!r})'

@@ -1,4 +1,4 @@
-"""Documents from text, JSON lines, Parquet, or the standard library of this Python."""
+"""Documents from text, JSON lines, Parquet, TFDS, token files, or the library of this Python."""
 
 import collections
 import contextlib
@@ -11,18 +11,24 @@ import json
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+import numpy as np
+import tensorflow_datasets as tfds
 import zstandard
+from array_record.python import array_record_module
 from etils import epath
 
-from gptjax.errors import mistake, told_as
+from gptjax.data import token_files
+from gptjax.data import tokenizer as tokenizers
+from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 STDLIB = 'stdlib'
 # In a folder only these are read; a glob or a file's own name may ask for any other text file.
 SUFFIXES = ('.txt', '.jsonl', '.parquet')
 PACKINGS = ('', '.gz', '.zst')
+ARRAY_RECORD = '.array_record'  # in the name of each shard of a TFDS dataset
 READABLE = 'a readable file', 'fetching it again'
 
 
@@ -39,42 +45,53 @@ class Source:
   """The files a corpus is made of. Reads alike in any process."""
 
   files: tuple[str, ...]
-  text_column: str  # of .jsonl and .parquet
+  text_column: str  # of .jsonl, .parquet and TFDS datasets
+  tokenizer: str  # where the one is that made the token files
   skip_bad_text: bool  # otherwise bad text raises
   left_out: tuple[tuple[str, int], ...]  # why, and how many files
 
 
-def find(source: str, text_column: str, skip_bad_text: bool) -> Source:
-  """The files of a folder, a glob, a file or the word `stdlib`, sorted.
+def find(source: str, text_column: str, tokenizer: str, skip_bad_text: bool) -> Source:
+  """The files of `place,…`, sorted: each a folder, a glob, a file or the word `stdlib`.
 
-  Raises Mistake if there is none.
+  Raises Mistake for a place without any, and for token files without their tokenizer.
   """
-  if source == STDLIB:
-    files, left_out = _find_stdlib()
-    skip_bad_text = True  # the standard library holds Latin-1 and the like on purpose
-  else:
-    files, left_out = _find_files(source)
-  if not files:
-    raise mistake(
-      'corpus',
-      f'{source!r} without a file to read{_reasons(left_out)}',
-      'a folder with .txt, .jsonl or .parquet files (or .gz, .zst of the first two), a glob, '
-      'a file, or stdlib',
-      "a glob such as 'folder/**/*.md' for text files of another kind",
-    )
-  return Source(tuple(sorted(files)), text_column, skip_bad_text, tuple(sorted(left_out.items())))
+  files, left_out, mistakes = set(), collections.Counter(), []
+  for place in filter(None, map(str.strip, source.split(','))):
+    try:
+      found, others = _find_stdlib() if place == STDLIB else _find_files(place)
+      if not found:
+        raise mistake(
+          'corpus',
+          f'{place!r} without a file to read{_reasons(others)}',
+          'a folder with .txt, .jsonl or .parquet files (or .gz, .zst of the first two), '
+          "Megatron's .bin and .idx or a TFDS dataset in array_record, a glob, a file, or stdlib",
+          "a glob such as 'folder/**/*.md' for text files of another kind",
+        )
+      files.update(found)
+      left_out.update(others)
+    except Mistake as e:
+      mistakes.append(e)
+  if tokenizer in ('train', 'bytes') and any(file.endswith('.bin') for file in files):
+    got = f'{tokenizer!r} and files of tokens'
+    wanted = 'the tokenizer that made them'
+    mistakes.append(mistake('tokenizer', got, wanted, '--config.tokenizer=folder-of-it'))
+  raise_all(mistakes)
+  reasons = tuple(sorted(left_out.items()))
+  return Source(tuple(sorted(files)), text_column, tokenizer, skip_bad_text, reasons)
 
 
 def read(source: Source, file: str, skipped: collections.Counter[str]) -> Iterator[Document]:
   """The documents of one of the source's files, one at a time.
 
-  A text file is one document, exactly as it lies; a JSON line or a Parquet row is one. Counts in
-  `skipped`, by reason, what is left out. Raises Mistake naming file and line for what cannot be
-  read, and for bad text unless the source skips it.
+  A text file is one document, exactly as it lies; a JSON line, a Parquet row, an example of a TFDS
+  dataset is one. Documents of token files are read as the text that they are. Counts in `skipped`,
+  by reason, what is left out. Raises Mistake naming file and line for what cannot be read, and for
+  bad text unless the source skips it.
   """
-  kind = next((k for k in SUFFIXES if any(file.endswith(k + p) for p in PACKINGS)), '.txt')
-  documents = {'.txt': _read_text, '.jsonl': _read_json_lines, '.parquet': _read_parquet}[kind]
-  for name, text in documents(source, file):
+  # The standard library holds Latin-1 and the like on purpose.
+  skip_bad_text = source.skip_bad_text or epath.Path(file).is_relative_to(_stdlib())
+  for name, text in _reader(file)(source, file):
     try:
       if isinstance(text, Exception):
         raise text
@@ -85,7 +102,7 @@ def read(source: Source, file: str, skipped: collections.Counter[str]) -> Iterat
       text.encode()  # JSON can spell half a surrogate pair, which no UTF-8 holds
     except (_BadText, UnicodeError) as e:
       reason, detail = e.args if isinstance(e, _BadText) else ('not UTF-8', str(e))
-      if not source.skip_bad_text:
+      if not skip_bad_text:
         raise mistake(
           name, f'{reason} ({detail})', 'UTF-8 text', 'to mend it, or --config.on_bad_text=skip'
         ) from e
@@ -95,6 +112,15 @@ def read(source: Source, file: str, skipped: collections.Counter[str]) -> Iterat
       yield Document(name, text)
     else:
       skipped['empty'] += 1
+
+
+def _reader(file: str) -> Callable[[Source, str], Iterator[tuple[str, Any]]]:
+  if ARRAY_RECORD in epath.Path(file).name:
+    return _read_tfds
+  if file.endswith(('.bin', '.idx')):
+    return _read_tokens
+  kind = next((k for k in SUFFIXES if any(file.endswith(k + p) for p in PACKINGS)), '.txt')
+  return {'.txt': _read_text, '.jsonl': _read_json_lines, '.parquet': _read_parquet}[kind]
 
 
 @contextlib.contextmanager
@@ -108,8 +134,12 @@ class _BadText(Exception):
   """One document that is not text: (reason for the counts, detail for the message)."""
 
 
+def _stdlib() -> epath.Path:
+  return epath.Path(sysconfig.get_paths()['stdlib'])
+
+
 def _find_stdlib() -> tuple[list[str], collections.Counter[str]]:
-  root = epath.Path(sysconfig.get_paths()['stdlib'])
+  root = _stdlib()
   files, left_out = [], collections.Counter()
   for path in _walk(root):
     folders = set(path.relative_to(root).parts[:-1])
@@ -127,8 +157,14 @@ def _find_files(source: str) -> tuple[list[str], collections.Counter[str]]:
   path, left_out = epath.Path(source), collections.Counter()
   if path.is_dir():
     files = []
+    dataset = (path / 'dataset_info.json').exists()
     for p in _walk(path):
-      if any(p.name.endswith(k + packing) for k in SUFFIXES for packing in PACKINGS):
+      # A lone .bin may be anything: nanoGPT's wants to be named.
+      pair = p.suffix in ('.bin', '.idx') and all(
+        p.with_suffix(suffix).exists() for suffix in ('.bin', '.idx')
+      )
+      text = any(p.name.endswith(k + packing) for k in SUFFIXES for packing in PACKINGS)
+      if ARRAY_RECORD in p.name if dataset else pair or text:
         files.append(str(p))
       else:
         left_out['another kind of file'] += 1
@@ -142,8 +178,16 @@ def _find_files(source: str) -> tuple[list[str], collections.Counter[str]]:
       'a folder, a glob, a file or stdlib',
       'another --config.source',
     )
-  found = glob.glob(source, recursive=True)
-  return [p for p in found if not epath.Path(p).is_dir()], left_out
+  return [p for p in _glob(source) if not epath.Path(p).is_dir()], left_out
+
+
+def _glob(pattern: str) -> list[str]:
+  if '://' not in pattern:
+    return glob.glob(pattern, recursive=True)
+  parts = pattern.split('/')
+  first = next(i for i, part in enumerate(parts) if re.search(r'[*?[]', part))
+  root, rest = '/'.join(parts[:first]), '/'.join(parts[first:])
+  return [str(path) for path in epath.Path(root).glob(rest)]
 
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
@@ -203,6 +247,35 @@ def _read_parquet(source: Source, file: str) -> Iterator[tuple[str, Any]]:
           yield f'{file}:{row}', value.as_py()
         except UnicodeError as e:
           yield f'{file}:{row}', e
+
+
+def _read_tfds(source: Source, file: str) -> Iterator[tuple[str, Any]]:
+  wanted, fix = 'a TFDS dataset in array_record', 'another --config.source'
+  with told_as(file, wanted, fix, OSError, RuntimeError, ValueError):
+    features = tfds.features.FeaturesDict.from_config(str(epath.Path(file).parent))
+    if source.text_column not in features:
+      detail = _no_column(source.text_column, features.keys())
+      raise mistake(file, f'no text column ({detail})', 'it', 'another --config.text_column')
+    reader = array_record_module.ArrayRecordReader(file)
+    for row in range(reader.num_records()):
+      example = features.deserialize_example_np(reader.read([row])[0])
+      yield f'{file}:{row + 1}', example[source.text_column]
+
+
+def _read_tokens(source: Source, file: str) -> Iterator[tuple[str, Any]]:
+  if token_files.is_index(file):
+    return  # read with its .bin
+  tokenizer = tokenizers.load(source.tokenizer)
+  for row, tokens in enumerate(token_files.read(file, tokenizer.end_of_text), 1):
+    name, (least, most) = f'{file}:{row}', (int(tokens.min()), int(tokens.max()))
+    if least < 0 or most >= tokenizer.vocab_size:
+      fix = 'the --config.tokenizer that made it'
+      raise mistake(name, f'token {most}', f'0 to {tokenizer.vocab_size - 1}', fix)
+    text = tokenizer.decode(tokens)
+    if np.array_equal(tokenizer.encode(text), tokens):
+      yield name, text
+    else:
+      yield name, _BadText('not what the tokenizer makes of its text', f'{text[:40]!r} …')
 
 
 def _no_column(wanted: str, columns: Any) -> str:
