@@ -15,21 +15,22 @@ def get_config(size: str = '125m') -> ConfigDict:
     raise mistake('size of GPT-3', size, f'one of {" ".join(sizes.GPT3)}', 'configs/gpt3.py:125m')
   row = sizes.GPT3[size]
   c = ConfigDict()
-  c.workdir = f'runs/gpt3-{size}'
-  c.seed = 0
-  c.train_tokens = 300e9
+  c.workdir = f'runs/gpt3-{size}'  # metrics, checkpoints, what it was made of
+  c.seed = 0  # of the weights, the order of the data and dropout
+  c.train_tokens = 300e9  # the length of the run
 
   c.model = ConfigDict()
+  # Table 2.1; d_ff is 4 d_model for all of them.
   c.model.n_layers = row.n_layers
   c.model.d_model = row.d_model
   c.model.n_heads = row.n_heads
   c.model.d_head = row.d_head
   c.model.d_ff = 4 * row.d_model
-  c.model.context = 2048
-  c.model.vocab_size = 50257
+  c.model.context = 2048  # tokens a sequence; as the corpus was prepared
+  c.model.vocab_size = 50257  # of the corpus's tokenizer
   c.model.pattern = ('dense', 'banded')  # one period of layers; the paper prints no order
   c.model.window = 256  # keys that a banded layer sees; not printed either, as in GPT-Neo
-  c.model.dropout = 0.0
+  c.model.dropout = 0.0  # of embeddings, attention and both branches; the paper names none
 
   c.data = ConfigDict()
   # What gptjax.prepare made: folders with the weights that they are mixed by, as in
@@ -38,39 +39,39 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.data.prefetch = 2  # batches made ahead
 
   c.batch = ConfigDict()
-  c.batch.sequences = row.batch
-  c.batch.ramp_from = 16  # 32 k tokens
-  c.batch.ramp_step = 16
+  c.batch.sequences = row.batch  # of a step, when the ramp is over
+  c.batch.ramp_from = 16  # sequences of the first steps: 32 k tokens
+  c.batch.ramp_step = 16  # sequences from rung to rung
   c.batch.ramp_tokens = row.ramp_tokens  # 0: no ramp
 
   c.lr = ConfigDict()
   c.lr.peak = row.peak_lr
-  c.lr.warmup_tokens = 375e6
+  c.lr.warmup_tokens = 375e6  # linear from 0 to the peak
   c.lr.decay_tokens = 260e9  # counted from the start
-  c.lr.final_fraction = 0.1
+  c.lr.final_fraction = 0.1  # of the peak, after the cosine
 
   c.adamw = ConfigDict()
-  c.adamw.b1 = 0.9
+  c.adamw.b1 = 0.9  # appendix B, and so are the next three
   c.adamw.b2 = 0.95
   c.adamw.eps = 1e-8
   c.adamw.weight_decay = 0.1  # of matrices
-  c.adamw.clip_norm = 1.0
+  c.adamw.clip_norm = 1.0  # the largest norm of all gradients together
 
   c.eval = ConfigDict()
   c.eval.every_tokens = 1e9  # 0: only at the end
-  c.eval.sequences = 512  # at most
+  c.eval.sequences = 512  # held-out windows of each source, at most
 
   c.save = ConfigDict()
   c.save.every_tokens = 1e9  # 0: only at the end
-  c.save.keep = 3
+  c.save.keep = 3  # checkpoints, the newest
 
   c.resume = ConfigDict()
   c.resume.accept_changes = False  # of the recipe: rate, batch, data, length
 
   c.mesh = ConfigDict()
   c.mesh.data = -1  # -1: all devices that are left
-  c.mesh.fsdp = 1
-  c.mesh.tensor = 1
+  c.mesh.fsdp = 1  # splits weights and optimizer over d_model, and the batch
+  c.mesh.tensor = 1  # splits heads, d_ff and the vocabulary
 
   c.compute = ConfigDict()
   c.compute.microbatch = 4  # sequences at a time for each data·fsdp part of the mesh
@@ -80,8 +81,8 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.compute.loss_chunk = 512  # positions whose logits are held at a time
 
   c.log = ConfigDict()
-  c.log.progress = True
-  c.log.tensorboard = True
+  c.log.progress = True  # a bar, or lines where no terminal is
+  c.log.tensorboard = True  # files for it in the workdir
   c.log.wandb = ''  # a W&B project; '': none
   c.profile = ''  # steps to trace, '20-22'; '': none
   return c

@@ -69,9 +69,14 @@ class Checkpoints:
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
     self._manager.save(sequences, args=args)
 
+  def wait(self) -> int | None:
+    """Waits until everything is on disk, and returns what `latest` does."""
+    self._manager.wait_until_finished()
+    return self.latest()
+
   def close(self) -> None:
     """Waits until everything is on disk."""
-    self._manager.wait_until_finished()
+    self.wait()
     self._manager.close()
 
 

@@ -222,7 +222,8 @@ def _total(config) -> int:
   if not 1 <= total <= schedule.MAX_SEQUENCES:
     wanted = f'1 to {schedule.MAX_SEQUENCES} sequences'
     got = f'{config.train_tokens:g} tokens = {total} sequences'
-    raise mistake('train_tokens', got, wanted, '--config.train_tokens=300e9')
+    most = float(min(300e9, schedule.MAX_SEQUENCES * config.model.context))
+    raise mistake('train_tokens', got, wanted, f'--config.train_tokens={most}')
   return total
 
 

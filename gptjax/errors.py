@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 
 class Mistake(ValueError):
-  """A mistake in what a user gave. Entries print its message without a traceback."""
+  """A mistake in what a user gave, or several. Entries print its message without a traceback."""
+
+  several: Sequence['Mistake'] = ()
 
 
 def mistake(what: str, got: object, wanted: object, fix: str) -> Mistake:
@@ -16,11 +18,14 @@ def mistake(what: str, got: object, wanted: object, fix: str) -> Mistake:
 
 def raise_all(mistakes: Sequence[Mistake]) -> None:
   """Raises all of them as one Mistake, a line each; does nothing if there is none."""
+  mistakes = [one for m in mistakes for one in m.several or (m,)]
   if len(mistakes) == 1:
     raise mistakes[0]
   if mistakes:
     lines = '\n'.join(f'  {i}. {m}' for i, m in enumerate(mistakes, 1))
-    raise Mistake(f'{len(mistakes)} mistakes:\n{lines}')
+    together = Mistake(f'{len(mistakes)} mistakes:\n{lines}')
+    together.several = mistakes
+    raise together
 
 
 @contextlib.contextmanager

@@ -52,8 +52,10 @@ def _told_where_stopped() -> Iterator[None]:
   try:
     yield
   except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    sys.exit(130)
+    print('interrupted', file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit: a thread of XLA's that still compiles crashes in a dying interpreter.
+    os._exit(130)
 
 
 def parse(argv: Sequence[str]) -> ConfigDict:
@@ -154,7 +156,8 @@ def _override(config: ConfigDict, words: Sequence[str], key: str) -> str | None:
     config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
     values(argv)
   except (flags.Error, ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
-    return f'{e}'.removeprefix(f'flag {" ".join(words)}: ')
+    text = ' '.join(map(str, e.args))  # absl gives some of them in pieces
+    return text.removeprefix(f'flag {" ".join(words)}: ')
   after = dict(_knobs(config))[key]
   if isinstance(before, tuple) and before:
     # ml_collections takes any text for a tuple of texts.

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,9 @@ def main(config: ConfigDict) -> None:
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
     params = checkpoint.load_params(workdir / 'checkpoints', program.abstract_state()['params'])
     prompt = [text.end_of_text, *text.encode(config.prompt)]
+    if len(prompt) > program.shape.context:
+      seen = f'the model sees the last {program.shape.context} of its {len(prompt)} tokens'
+      print(f'the prompt is longer than the context: {seen}', file=sys.stderr)
     tokens = sample(
       program, params, prompt, config.tokens, config.temperature, config.seed, text.end_of_text
     )

@@ -324,13 +324,25 @@ def _processes(workers: int) -> Iterator[Run]:
 
     def there(label: str, function: Callable[[Job], Result], jobs: list[Job]) -> Iterator[Result]:
       try:
-        yield from _shown(label, pool.map(function, jobs), len(jobs))
+        with _interrupts_wait():  # the processes start here, and none is to be interrupted
+          results = pool.map(function, jobs)
+        yield from _shown(label, results, len(jobs))
       except BaseException:
         # Nothing may still write into a folder that the caller is about to remove.
         pool.shutdown(cancel_futures=True)
         raise
 
     yield there
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+  """Delays Ctrl-C; a process that starts meanwhile never sees it, and its parent stops it."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:
@@ -340,7 +352,6 @@ def _start_worker() -> None:
     os._exit(1)
 
   threading.Thread(target=end_with_parent, daemon=True).start()
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent stops and tidies up
 
 
 def _cores() -> int:

@@ -98,7 +98,7 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
       colour = COLOURS[i % len(COLOURS)]
       _draw_loss(loss, records, name, colour)
       # Where the plans of runs agree, the earlier ones show at the edges of the later.
-      wide = 1.2 + 1.6 * min(len(runs) - 1 - i, 4)
+      wide = 1.2 + 0.8 * min(len(runs) - 1 - i, 4)
       widths = {'lr': wide, 'batch': wide, 'tokens_per_second': 0.8}
       for axes, (key, width) in zip(below, widths.items(), strict=True):
         _line(axes, series(records, 'train', key), {'color': colour, 'linewidth': width})
@@ -125,10 +125,11 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
 
 def table(runs: dict[str, list[dict]]) -> str:
   """A line for each run; `-` stands for what was not measured."""
-  rows = [('run', 'tokens', 'steps', 'train loss', 'best validation', 'tokens/s')]
+  rows = [('run', 'tokens', 'steps', 'train loss', 'best validation', 'bits/byte', 'tokens/s')]
   for name, records in runs.items():
     losses = series(records, 'train', 'loss')[1]
     validation = [loss for loss in series(records, 'validation', 'loss')[1] if math.isfinite(loss)]
+    bits = [b for b in series(records, 'validation', 'bits_per_byte')[1] if math.isfinite(b)]
     rates = series(records, 'train', 'tokens_per_second')[1]
     rows.append(
       (
@@ -137,6 +138,7 @@ def table(runs: dict[str, list[dict]]) -> str:
         f'{max(r["step"] for r in records):,}',
         f'{losses[-1]:.4f}' if losses else '-',
         f'{min(validation):.4f}' if validation else '-',
+        f'{min(bits):.4f}' if bits else '-',
         f'{statistics.median(rates):,.0f}' if rates else '-',
       )
     )
@@ -190,11 +192,11 @@ def _line(axes: Axes, points: tuple[list[int], list[float]], style: dict) -> Non
 def _draw_baselines(axes: Axes, runs: dict[str, list[dict]]) -> None:
   """A dashed line at each different loss that a trivial model reaches."""
   losses = {round(loss, 6) for r in runs.values() for loss in series(r, 'baseline', 'loss')[1]}
-  for loss in sorted(losses):
+  for i, loss in enumerate(sorted(losses)):
     axes.axhline(loss, color='#777777', linestyle='--', linewidth=1)
     axes.annotate(
       f'unigram model {loss:.2f}',
-      (0.4, loss),
+      (0.2 + 0.2 * (i % 4), loss),  # side by side, as similar ones would lie on each other
       xycoords=('axes fraction', 'data'),
       xytext=(4, 3),
       textcoords='offset points',

@@ -47,9 +47,9 @@ def check(shape: Shape, sizes: dict[str, int], n_devices: int) -> None:
     product = '·'.join(str(size) for size in sizes.values())
     mistakes.append(
       mistake(
-        f'mesh of {factors} = {product}',
-        f'{n_devices} devices',
-        f'{math.prod(sizes.values())} devices',
+        f'mesh of {factors}',
+        f'{product} = {math.prod(sizes.values())} devices',
+        f'{n_devices}, all there are',
         'sizes of --config.mesh whose product is the number of devices',
       )
     )

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -47,6 +48,9 @@ def main(config: ConfigDict) -> None:
       stages.append(Stage(start, corpora.stage))
     mixed = Mixture(stages)
     print(describe(run, corpora, mixed, start, taken), flush=True)
+    for change in changed:
+      told = '{setting} was {before}, is {after} from here on'.format_map(change)
+      print(f'change   {told}', flush=True)
     if start >= run.ramp.total:
       print(f'nothing is left to train: {start:,} of {run.ramp.total:,} sequences', flush=True)
       print(verdict(workdir, corpora))
@@ -82,7 +86,13 @@ def main(config: ConfigDict) -> None:
         trainer = Trainer(run, corpora, mixed, mesh, writer, bar, workdir)
         clock = lambda step: {'sequences': step.end, 'step': step.number}
         save = lambda step, state: checkpoints.save(step.end, state, record | clock(step))
-        trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
+        try:
+          trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
+        except KeyboardInterrupt:
+          bar.close()
+          told = f'stopped; the same command goes on from sequence {checkpoints.wait() or 0:,}'
+          print(told, file=sys.stderr, flush=True)
+          raise
   print(verdict(workdir, corpora))
 
 
@@ -282,8 +292,12 @@ def describe(run: Run, corpora: Corpora, mixed: Mixture, start: int, taken: int)
     + f' on {jax.devices()[0].device_kind}',
     'compute': f'{numerics.dtype.name}, remat {numerics.remat}, '
     f'attention {numerics.attend.__name__}',
-    'start': f'sequence {start:,}, step {steps.start:,}' if start else 'from scratch',
   }
+  if start < ramp.total:
+    lines['start'] = f'sequence {start:,}, step {steps.start:,}' if start else 'from scratch'
+  if mixed.stages[1:]:
+    of = f'{len(mixed.stages)}, from sequence {mixed.stages[-1].start:,} on'
+    lines['stage'] = f'{of}: its sources or their weights are others than before'
   if run.profile:
     traced = range(max(run.profile.start, steps.start), min(run.profile.stop, steps.stop))
     none = f'no step: they are {steps.start:,} … {steps.stop - 1:,}'

@@ -8,9 +8,10 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import gpt3, tiny
+from configs import gpt3, mixtures, tiny
 from gptjax import checkpoint, schedule, sizes
 from gptjax.config import check_knobs, resolve
+from gptjax.data import mixture
 from gptjax.errors import Mistake
 from gptjax.optimizer import AdamW
 from tests import small
@@ -57,6 +58,25 @@ def test_a_config_file_has_all_knobs_and_no_other(module):
   assert 'config.mesh.fdsp: got an unknown knob, wanted a known one; try mesh.fsdp' in str(e.value)
   assert 'config.batch.ramp_from: got no such knob' in str(e.value)
   assert 'lr.peak: got nan' in str(e.value)
+
+
+def test_the_mixture_of_gpt3_is_that_of_its_table():
+  """Table 2.2: the shares of each source, whose weights sum to 101."""
+  config = mixtures.get_config('gpt3:13b')
+  assert config.model.n_layers == 40
+  shares = mixture.shares(mixture.parse(config.data.sources))
+  assert shares == {
+    'data/common_crawl': 60,
+    'data/webtext2': 22,
+    'data/books1': 8,
+    'data/books2': 8,
+    'data/wikipedia': 3,
+  }
+  total = resolve(config, jax.devices()).ramp.total
+  counts = mixture.Mixture([mixture.Stage(0, shares)]).counts(total)
+  assert counts['data/common_crawl'] == pytest.approx(60 / 101 * total, abs=5)
+  with pytest.raises(Mistake, match='mixture: got gpt9'):
+    mixtures.get_config('gpt9')
 
 
 def test_unknown_size_lists_the_known():
@@ -154,7 +174,7 @@ def test_a_run_is_what_the_knobs_say():
     ({'batch__sequences': 0}, '^batch.sequences: got 0, wanted 1 or more'),
     ({'mesh__fsdp': 3}, 'd_model over the mesh axis fsdp: got 128 over 3'),
     ({'mesh__tensor': 8}, 'n_heads over the mesh axis tensor: got 4 over 8'),
-    ({'mesh__data': 4}, 'got 8 devices, wanted 4 devices'),
+    ({'mesh__data': 4}, 'got 4·1·1 = 4 devices, wanted 8, all there are'),
     ({'mesh__fsdp': 0}, 'mesh.fsdp: got 0'),
     ({'batch__sequences': 80}, r'got 80 over 8·1·4 = 32.*batch.sequences=96 or .*microbatch=2'),
     ({'batch__ramp_from': 99}, 'batch: got from 99'),
@@ -167,7 +187,8 @@ def test_a_run_is_what_the_knobs_say():
     ({'model__dropout': 1.0}, 'model.dropout: got 1.0'),
     ({'model__n_layers': 0}, 'model.n_layers: got 0'),
     ({'model__vocab_size': 100, 'mesh__tensor': 3}, 'padded vocabulary'),
-    ({'train_tokens': 1e14}, 'train_tokens'),
+    ({'train_tokens': 1e14}, 'try --config.train_tokens=300000000000.0'),
+    ({'train_tokens': 3e11, 'model__context': 1}, 'try --config.train_tokens=2147483647.0'),
     ({'train_tokens': 0.0}, 'train_tokens'),
     ({'lr__peak': 0.0}, 'a peak above 0'),
     ({'lr__decay_tokens': 1.0}, 'warmup_tokens'),

@@ -40,6 +40,14 @@ def test_many_mistakes_are_told_all_at_once_in_order(messages):
   ]
 
 
+def test_mistakes_of_several_layers_are_one_list():
+  with pytest.raises(Mistake) as inner:
+    raise_all([Mistake('a'), Mistake('b')])
+  with pytest.raises(Mistake) as outer:
+    raise_all([inner.value, Mistake('c')])
+  assert str(outer.value) == '3 mistakes:\n  1. a\n  2. b\n  3. c'
+
+
 def test_the_door_tells_a_mistake_on_stderr_and_exits_with_2(capsys):
   with pytest.raises(SystemExit) as left, told_plainly():
     raise Mistake('no such thing')

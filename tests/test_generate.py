@@ -94,7 +94,10 @@ def test_entry_passes_on_what_it_was_told(straight, monkeypatch, capsys):
   generate.main(entry_config(workdir, **knobs))
   end = 256
   assert asked == [([end, 97, 98], 9, 0.5, 4, end)]
-  assert capsys.readouterr().out == 'abhi\n'
+  assert capsys.readouterr() == ('abhi\n', '')
+  generate.main(entry_config(workdir, prompt='x' * 40))
+  told = 'the model sees the last 32 of its 41 tokens'
+  assert told in capsys.readouterr().err
 
 
 def test_temperature_and_seed_reach_the_sample(straight, capsys):

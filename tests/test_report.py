@@ -23,7 +23,7 @@ def records_of(losses, baseline=None, every=2):
     rate = {'tokens_per_second': 1000.0 * i} if i > 1 else {}
     records.append(at('train', i, sequences, loss=loss, lr=i / 100, batch=i, **rate))
     if i % every == 0:
-      records.append(at('validation', i, sequences, loss=loss + 1))
+      records.append(at('validation', i, sequences, loss=loss + 1, bits_per_byte=loss / 2))
   return records
 
 
@@ -127,11 +127,11 @@ def test_the_table_says_the_last_loss_the_best_validation_and_the_median_rate():
   head, row = report.table({'a': records}).splitlines()
   assert head.split('  ')[0] == 'run'
   # Validations: NaN, 5, 6. Rates: none, 2000 … 6000 and the million.
-  assert row.split() == ['a', '448', '7', 'nan', '5.0000', '4,500']
+  assert row.split() == ['a', '448', '7', 'nan', '5.0000', '2.0000', '4,500']
 
 
 def test_the_table_leaves_out_what_was_not_measured():
-  assert report.table({'a': records_of([5.0])}).splitlines()[1].split()[-2:] == ['-', '-']
+  assert report.table({'a': records_of([5.0])}).splitlines()[1].split()[-3:] == ['-', '-', '-']
 
 
 def test_columns_of_the_table_line_up():

@@ -64,7 +64,7 @@ def test_mesh_that_does_not_divide_the_model_lists_everything():
   with pytest.raises(Mistake) as e:
     sharding.check(small.SHAPE, {'data': 1, 'fsdp': 3, 'tensor': 5}, 8)
   told = str(e.value)
-  assert '8 devices' in told and '1·3·5' in told
+  assert 'wanted 8, all there are' in told and '1·3·5' in told
   assert 'd_model over the mesh axis fsdp: got 32 over 3' in told
   assert 'n_heads over the mesh axis tensor: got 4 over 5' in told
   assert 'd_ff' in told and 'padded vocabulary' in told

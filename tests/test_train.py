@@ -112,7 +112,9 @@ def test_finished_run_does_nothing_more(straight, corpus, run_python):
   assert files() == before
 
 
-def test_resume_on_another_mesh_and_in_other_slices_is_the_same_run(straight, corpus, tmp_path):
+def test_resume_on_another_mesh_and_in_other_slices_is_the_same_run(
+  straight, corpus, tmp_path, capsys
+):
   """Half on eight devices, half on another mesh of them; and the length, a recipe, is asked for."""
   workdir, _ = straight
   first = config(tmp_path, corpus, train_tokens=6656.0, mesh__data=2, mesh__tensor=4)
@@ -121,6 +123,7 @@ def test_resume_on_another_mesh_and_in_other_slices_is_the_same_run(straight, co
   with pytest.raises(Mistake, match='train_tokens: got 12288.0, wanted 6656.0'):
     train.main(config(tmp_path, corpus, **second))
   train.main(config(tmp_path, corpus, resume__accept_changes=True, **second))
+  assert 'change   train_tokens was 6656.0, is 12288.0 from here on' in capsys.readouterr().out
   got, want = records(tmp_path), records(workdir)
   clock = lambda records: [(r['step'], r['sequences'], r['batch'], r['lr']) for r in records]
   assert clock(got) == clock(want)
@@ -375,15 +378,21 @@ def test_config_of_another_program_is_told(run_python):
   assert 'wanted a training config' in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_interrupt_ends_without_a_traceback(corpus, tmp_path, start_python):
+@pytest.mark.parametrize('records', [0, 1, 9], ids=['compiling', 'before a save', 'after a save'])
+def test_interrupt_ends_without_a_traceback(corpus, tmp_path, start_python, records):
   process = start_python(args(tmp_path, corpus))
-  path = tmp_path / 'metrics.jsonl'
-  while process.poll() is None and not (path.exists() and path.stat().st_size):
+  path = tmp_path / 'metrics.jsonl'  # begins with the baseline, and then the first step compiles
+  while process.poll() is None:
+    if path.exists() and len(path.read_bytes().splitlines()) > records:
+      break
     time.sleep(0.02)
   process.send_signal(signal.SIGINT)
   _, told = process.communicate(timeout=100)
-  assert process.returncode == 130
+  assert process.returncode == 130, told
   assert 'interrupted' in told and 'Traceback' not in told
+  last = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=9).latest() or 0
+  assert f'stopped; the same command goes on from sequence {last:,}' in told
+  assert bool(last) == (records == 9)
 
 
 def test_another_seed_or_model_never_resumes(straight, corpus):
