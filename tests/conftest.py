@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -94,23 +95,38 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope='session')
-def start_python() -> Callable[[Sequence[str]], subprocess.Popen]:
-  """`start_python(args)` starts what `run_python` runs, on one device, to be killed or stopped.
+def start_python() -> Callable[..., subprocess.Popen]:
+  """`start_python(args, devices=1)` starts what `run_python` runs, to be killed or waited for.
 
-  Its stdout is thrown away; its stderr waits in a pipe that a short run cannot fill.
+  Its stdout is thrown away unless asked for; its stderr waits in a pipe that a short run cannot
+  fill.
   """
 
-  def start(args: Sequence[str]) -> subprocess.Popen:
+  def start(
+    args: Sequence[str], devices: int = 1, stdout: int = subprocess.DEVNULL
+  ) -> subprocess.Popen:
     return subprocess.Popen(
       [sys.executable, *args],
       cwd=ROOT,
-      env=_environment(1),
-      stdout=subprocess.DEVNULL,
+      env=_environment(devices),
+      stdout=stdout,
       stderr=subprocess.PIPE,
       text=True,
     )
 
   return start
+
+
+@pytest.fixture(scope='session')
+def free_port() -> Callable[[], int]:
+  """`free_port()` is a port of the loopback that nobody listens on."""
+
+  def find() -> int:
+    with socket.socket() as s:
+      s.bind(('127.0.0.1', 0))
+      return s.getsockname()[1]
+
+  return find
 
 
 @pytest.fixture(scope='session')

@@ -1,5 +1,8 @@
 """The order of the data is a function of two integers, and rows land where they belong."""
 
+import argparse
+import json
+import subprocess
 import threading
 
 import jax
@@ -9,7 +12,7 @@ import pytest
 from gptjax.data import loader
 from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import Mistake
-from tests import small
+from tests import runs, small
 
 
 class Source:
@@ -98,6 +101,68 @@ def test_a_place_a_million_million_sequences_away_is_as_near_as_any(monkeypatch)
   monkeypatch.setattr(Source, '__getitem__', lambda self, i: read.append(i) or np.full(17, 1))
   stream(source, 0)[10**12]
   assert len(read) == 1 and 0 <= read[0] < 2**31
+
+
+# What one of several processes does: it lays the rows of some steps on a mesh over all devices, and
+# says which sequence lies in each row that it holds, and its hash.
+PROCESS = """
+import hashlib, json, sys
+import jax, numpy as np
+from gptjax import schedule, sharding
+from gptjax.data import loader, shards
+from gptjax.data.mixture import Mixture, Stage
+
+address, count, index, first, end, data, fsdp, folders = json.loads(sys.argv[1])
+if count > 1:
+  jax.distributed.initialize(address, count, index)
+sources = {name: shards.open_split(folder, 'train') for name, folder in folders.items()}
+stream = loader.Stream(sources, Mixture([Stage(0, {'a': 3, 'b': 1})]), seed=5)
+mesh = sharding.make_mesh(data, fsdp, 8 // (data * fsdp))
+ramp, microbatch = schedule.Ramp.linear(8, 32, 8, 64, 10**6), 8
+for step in ramp.steps(first):
+  if step.start >= end:
+    break
+  token_gbl = loader.place(stream, step.start, step.rows, 4, microbatch, mesh)
+  for shard in token_gbl.addressable_shards:
+    rows = np.asarray(shard.data)
+    g, b = (range(*s.indices(n)) for s, n in zip(shard.index[:2], token_gbl.shape[:2]))
+    for i, slot in enumerate(g):
+      for j, row in enumerate(b):
+        at = slot * microbatch + row
+        if at < step.rows:
+          print(step.start + at, hashlib.sha256(rows[i, j].tobytes()).hexdigest())
+"""
+
+
+def test_stream_is_the_same_from_any_number_of_processes_on_any_mesh(
+  corpus, tmp_path_factory, start_python, free_port
+):
+  """One process; and four, stopped in the ramp, gone on with by two on another mesh."""
+  other = runs.make_corpus(tmp_path_factory.mktemp('other') / 'x', [argparse, threading])
+
+  def said(processes, first, end, data, fsdp):
+    at = f'127.0.0.1:{free_port()}'
+    plan = lambda i: [at, processes, i, first, end, data, fsdp, {'a': corpus, 'b': other}]
+    devices = 8 // processes
+    started = [
+      start_python(['-c', PROCESS, json.dumps(plan(i))], devices, stdout=subprocess.PIPE)
+      for i in range(processes)
+    ]
+    rows = {}
+    for process in started:
+      out, err = process.communicate(timeout=120)
+      assert process.returncode == 0, err[-2000:]
+      # Devices that differ along `tensor` hold the same rows.
+      rows |= dict(line.split() for line in out.splitlines())
+    return {int(i): digest for i, digest in rows.items()}
+
+  whole = said(1, 0, 200, data=8, fsdp=1)
+  assert [*sorted(whole)] == [*range(len(whole))] and len(whole) >= 200
+  assert len(set(whole.values())) > 100
+  stopped = said(4, 0, 48, data=2, fsdp=2)
+  resumed = said(2, len(stopped), 200, data=1, fsdp=4)
+  assert not stopped.keys() & resumed.keys()
+  assert stopped | resumed == whole
 
 
 def test_a_source_too_long_to_shuffle_is_refused():
