@@ -49,7 +49,7 @@ def test_bits_per_byte_of_one_corpus_are_its_own(corpus):
 
 def test_everything_wrong_is_told_at_once(corpus, more, tmp_path):
   model = Shape(2, 8, 1, 8, 32, 2 * CONTEXT, 300, (None,))
-  with pytest.raises(Mistake, match='2 mistakes') as e:
+  with pytest.raises(Mistake, match='3 mistakes') as e:
     corpora.open_all(f'{corpus},nowhere', model)
   assert 'context of the windows' in str(e.value) and "'nowhere', which does not" in str(e.value)
   assert '--config.model.vocab_size=257' in str(e.value)
