@@ -55,29 +55,40 @@ class Checkpoints:
   def record(self, sequences: int) -> dict:
     """What was saved beside the state."""
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    with _damage_told(self._manager, sequences):
+    with self.damage_told(sequences):
       return self._manager.restore(sequences, args=args)['record']
 
   def restore(self, sequences: int, abstract: dict) -> dict:
     """The state, laid out as the abstract state says: any mesh restores from any other."""
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    with _damage_told(self._manager, sequences):
+    with self.damage_told(sequences):
       return self._manager.restore(sequences, args=args)['state']
+
+  def damage_told(self, sequences: int) -> contextlib.AbstractContextManager:
+    """Turns whatever goes wrong with what a checkpoint holds into a Mistake that names it."""
+    return _damage_told(self._manager, sequences)
 
   def save(self, sequences: int, state: dict, record: dict) -> None:
     """Starts to save and returns when the state was copied from the devices."""
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-    self._manager.save(sequences, args=args)
+    with self._failure_told():
+      self._manager.save(sequences, args=args)
 
   def wait(self) -> int | None:
     """Waits until everything is on disk, and returns what `latest` does."""
-    self._manager.wait_until_finished()
+    with self._failure_told():
+      self._manager.wait_until_finished()
     return self.latest()
 
   def close(self) -> None:
     """Waits until everything is on disk."""
     self.wait()
     self._manager.close()
+
+  def _failure_told(self) -> contextlib.AbstractContextManager:
+    # A full disk has many names here.
+    fix = 'making room; the same command goes on from the last one that is whole'
+    return told_as(f'checkpoints in {self._manager.directory}', 'to be written', fix, Exception)
 
 
 def load_params(folder: epath.Path, abstract: dict) -> dict:

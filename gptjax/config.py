@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from gptjax import checkpoint, flags, kernels, schedule, sharding
 from gptjax.data import mixture
-from gptjax.errors import Mistake, mistake, raise_all
+from gptjax.errors import Mistake, mistake, raise_all, told_as
 from gptjax.model import REMAT, Numerics
 from gptjax.optimizer import AdamW
 from gptjax.sizes import Shape
@@ -20,6 +20,7 @@ from gptjax.step import Program
 
 DTYPES = ('auto', 'float32', 'bfloat16')
 LAYERS = ('dense', 'banded')
+LARGEST = 2**20  # of a size: what is larger is a slip of the keyboard
 # Every knob of a training config, by group: no other is taken, and none may be left out.
 KNOBS = {
   '': 'workdir seed train_tokens profile',
@@ -75,8 +76,8 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     attend = found.keep(kernels.choose, attention, devices, shape, dtype, dropout)
   optimizer = found.keep(_optimizer, config)
   total = found.keep(_total, config)
-  lr = found.keep(_lr, config)
-  full = found.keep(_at_least, 'batch.sequences', config.batch.sequences, 1)
+  lr = found.keep(_lr, config) if config.model.context > 0 else None
+  full = found.keep(_at_least, 'batch.sequences', config.batch.sequences, 1, LARGEST)
   ramp = found.keep(_ramp, config, total) if total and full else None
   microbatch = found.keep(_microbatch, config, mesh) if mesh and full else None
   chunk = found.keep(_at_least, 'compute.loss_chunk', config.compute.loss_chunk, 1)
@@ -140,15 +141,19 @@ class _Found:
       return None
 
 
-def _at_least(name, value, least):
+def _at_least(name, value, least, most=None):
   if value < least:
     raise mistake(name, value, f'{least} or more', f'--config.{name}={least}')
+  if most is not None and value > most:
+    raise mistake(name, value, f'{most} or less', f'a smaller --config.{name}')
   return value
 
 
 def _workdir(workdir):
   if not workdir or '://' in workdir:
     raise mistake('workdir', workdir or 'none', 'a local folder', '--config.workdir=runs/…')
+  with told_as('workdir', 'a name in UTF-8', '--config.workdir=runs/…', UnicodeError):
+    workdir.encode()
 
 
 def _seed(seed):
@@ -160,12 +165,12 @@ def _seed(seed):
 def _shape(config) -> Shape:
   c = config.model
   for name in ('n_layers', 'd_model', 'n_heads', 'd_head', 'd_ff', 'context', 'vocab_size'):
-    _at_least(f'model.{name}', c[name], 1)
+    _at_least(f'model.{name}', c[name], 1, LARGEST)
   _at_least('model.window', c.window, 1)
   if not c.pattern or not set(c.pattern) <= set(LAYERS):
     wanted = f'some of {LAYERS}'
     raise mistake('model.pattern', c.pattern, wanted, '--config.model.pattern="(\'dense\',)"')
-  windows = tuple({'dense': None, 'banded': c.window}[layer] for layer in c.pattern)
+  windows = tuple({'dense': None, 'banded': min(c.window, c.context)}[layer] for layer in c.pattern)
   return Shape(c.n_layers, c.d_model, c.n_heads, c.d_head, c.d_ff, c.context, c.vocab_size, windows)
 
 
@@ -253,7 +258,8 @@ def _microbatch(config, mesh) -> int:
   data, fsdp = mesh['data'], mesh['fsdp']
   microbatch = data * fsdp * rows
   if config.batch.sequences % microbatch:
-    fitting = [r for r in range(1, rows) if config.batch.sequences % (data * fsdp * r) == 0]
+    most = min(rows, config.batch.sequences)
+    fitting = [r for r in range(1, most) if config.batch.sequences % (data * fsdp * r) == 0]
     also = f' or --config.compute.microbatch={fitting[-1]}' if fitting else ''
     raise mistake(
       'batch.sequences over data·fsdp·microbatch',

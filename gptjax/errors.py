@@ -1,6 +1,7 @@
 """What a user can cause, told in one shape: what, got, wanted, try."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -54,3 +55,6 @@ def told_plainly() -> Iterator[None]:
   except Mistake as e:
     print(f'error: {e}', file=sys.stderr)
     sys.exit(2)
+  except BrokenPipeError:  # who read the output went away, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)

@@ -27,17 +27,24 @@ def main(config: ConfigDict) -> None:
   with told_as('prompt', 'UTF-8 text', 'another --config.prompt', UnicodeError):
     config.prompt.encode()
   workdir = epath.Path(config.workdir)
-  if not (workdir / 'config.json').exists():
+  if not 0 <= config.seed < 2**32:
+    raise mistake('seed', config.seed, 'from 0 to 4294967295', '--config.seed=0')
+  if '://' in config.workdir or not (workdir / 'config.json').exists():
     raise mistake('workdir', config.workdir, 'the workdir of a run', '--config.workdir=runs/tiny')
   with told_as(workdir / 'config.json', 'the config of a run', 'training on writes it', Exception):
     trained = ConfigDict(json.loads((workdir / 'config.json').read_text()))
-  check_knobs(trained)
   # One device is enough for one row, however many the run was trained on.
-  trained.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1})
-  trained.compute.microbatch = 1
-  trained.compute.attention = 'chunked'  # any machine has it, whatever the run was trained on
-  program = resolve(trained, jax.devices()[:1]).program
+  with told_as(workdir / 'config.json', 'the config of a run', 'training on writes it', Exception):
+    check_knobs(trained)
+    trained.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+    trained.compute.microbatch = 1
+    trained.compute.attention = 'chunked'  # any machine has it, whatever the run was trained on
+    program = resolve(trained, jax.devices()[:1]).program
   text = tokenizer.load(workdir)
+  if text.vocab_size != program.shape.vocab_size:
+    wanted = f'{program.shape.vocab_size} tokens, as in config.json'
+    got, fix = f'{text.vocab_size} tokens', 'the workdir as training left it'
+    raise mistake(f'tokenizer in {workdir}', got, wanted, fix)
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
     params = checkpoint.load_params(workdir / 'checkpoints', program.abstract_state()['params'])
     prompt = [text.end_of_text, *text.encode(config.prompt)]
@@ -77,7 +84,7 @@ def sample(
 @functools.partial(jax.jit, static_argnums=0)
 def _following(program, params, token_bl, last, temperature, key):
   """A token drawn after position `last`; the likeliest one at temperature 0."""
-  logit_v = program.logits(params, token_bl)[0, last]
+  logit_v = program.logits(params, token_bl)[0, last, : program.shape.vocab_size]
   drawn = jax.random.categorical(key, logit_v / jnp.maximum(temperature, 1e-6))
   return jnp.where(temperature > 0, drawn, jnp.argmax(logit_v))
 

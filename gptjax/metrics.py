@@ -15,9 +15,10 @@ import tensorboardX
 import tqdm
 
 from gptjax import files
-from gptjax.errors import Mistake, mistake
+from gptjax.errors import Mistake, mistake, told_as
 
 FILE = 'metrics.jsonl'
+REQUIRED = {'kind': str, 'step': int, 'sequences': int, 'tokens': int, 'loss': int | float | str}
 
 # Dense bf16 FLOP/s of one JAX device, by the exact `device_kind`: data sheets often print the
 # doubled figure for structured sparsity, and a part of a name is shared by chips that differ
@@ -307,15 +308,18 @@ def _keep(path: pathlib.Path, resume_at: int) -> list[dict]:
 def _parse(path: pathlib.Path) -> list[dict]:
   """All records of a file but a last one that was not written to its end."""
   records = []
-  lines = path.read_bytes().splitlines()
+  with told_as(path, 'a readable file', 'another workdir', OSError):
+    lines = path.read_bytes().splitlines()
   for number, line in enumerate(lines, 1):
     try:
       record = json.loads(line)
+      if not all(isinstance(record[name], kind) for name, kind in REQUIRED.items()):
+        raise ValueError
       records.append({name: _decode(value) for name, value in record.items()})
-    except (ValueError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
       if number < len(lines):
         raise mistake(
-          f'{path}, line {number}', repr(line[:60]), 'a JSON object', 'removing that line'
+          f'{path}, line {number}', repr(line[:60]), 'a record of a run', 'removing that line'
         ) from None
   return records
 

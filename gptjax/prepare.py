@@ -108,7 +108,11 @@ def prepare(recipe: Recipe, out: str, workers: int) -> tuple[shards.Corpus, bool
   skip = recipe.on_bad_text == 'skip'
   source = sources.find(recipe.source, recipe.text_column, recipe.tokenizer, skip)
   given = None if recipe.tokenizer == 'train' else _given_tokenizer(recipe.tokenizer)
-  target = pathlib.Path(out)
+  target = pathlib.Path(out).absolute()
+  if not target.name:
+    raise mistake('out', out, 'a folder to make', '--config.out=data/corpus')
+  with told_as('out', 'a name in UTF-8', '--config.out=data/corpus', UnicodeError):
+    out.encode()
   work = target.with_name(target.name + '.incomplete')
   there = target.exists() and not (target.is_dir() and not any(target.iterdir()))
   memory = 'fewer --config.workers or more --config.shards'

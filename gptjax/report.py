@@ -1,6 +1,7 @@
 """`python -m gptjax.report runs/tiny [runs/other …] [--out=FILE.png]` draws and sums up runs."""
 
 import argparse
+import io
 import math
 import pathlib
 import statistics
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
-from gptjax import metrics  # noqa: E402
+from gptjax import files, metrics  # noqa: E402
 from gptjax.errors import Mistake, mistake, raise_all, told_as, told_plainly  # noqa: E402
 
 # Okabe & Ito 2008: told apart by colour-blind readers too. Their yellow is too pale for a line.
@@ -64,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise mistake('--out', out, 'a file in a folder that exists', f'mkdir -p {out.parent}')
   figure = draw(runs)
   print(table(runs))
+  image = io.BytesIO()
+  figure.savefig(image)
   with told_as(out, 'a place to write to', '--out=report.png', OSError):
-    figure.savefig(out)
+    files.write_whole(out, image.getvalue())
   plt.close(figure)
   print(f'drawn in {out}')
 
@@ -73,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load(workdirs: Sequence[str]) -> dict[str, list[dict]]:
   """The records of each run, by its name: the last part of its path where that tells it apart."""
   paths = list(dict.fromkeys(pathlib.Path(workdir).absolute() for workdir in workdirs))
-  names = [path.name for path in paths]
+  # A dollar would begin a formula in the legend.
+  names = [path.name.replace('$', r'\$') for path in paths]
   runs, mistakes = {}, []
   for path, name in zip(paths, names, strict=True):
     try:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import operator
 import os
 import shutil
 import subprocess
@@ -23,27 +24,42 @@ from gptjax.data.corpora import Corpora, open_all
 from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import mistake, told_as
 
+SMALLER = 'more devices with --config.mesh.fsdp, or a smaller model'
+
 
 def main(config: ConfigDict) -> None:
   """Trains to `train_tokens`, from the last checkpoint in the workdir if there is one."""
-  run = resolve(config, jax.devices())
+  with told_as('devices', 'one that JAX finds', 'another JAX_PLATFORMS', RuntimeError):
+    devices = jax.devices()
+  run = resolve(config, devices)
   corpora = open_all(config.data.sources, run.program.shape)
   if config.log.wandb:
     metrics.import_wandb()  # before anything is made
   workdir = epath.Path(config.workdir)
-  make_workdir(workdir)
+  wanted, fix = 'a folder to make and write in', 'more room, or --config.workdir=runs/…'
+  with told_as(f'workdir {workdir}', wanted, fix, OSError):
+    go_on(config, run, corpora, workdir)
+
+
+def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -> None:
+  """Trains in a workdir, from the last checkpoint there if there is one."""
+  (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
+  if not os.access(workdir, os.W_OK):
+    raise PermissionError('not writable')
+  reached = metrics.reached(workdir)
   settings = checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity})
   with contextlib.closing(
     checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
   ) as checkpoints:
     start, taken, starts, stages, changed = checkpoints.latest() or 0, 0, [], [], []
     if start:
-      saved = checkpoints.record(start)
-      changed = checkpoint.changes(saved['settings'], settings, config.resume.accept_changes)
-      taken, starts = saved['step'], saved['starts']
-      stages = [Stage(**stage) for stage in saved['stages']]
+      with checkpoints.damage_told(start):
+        saved = checkpoints.record(start)
+        changed = checkpoint.changes(saved['settings'], settings, config.resume.accept_changes)
+        taken, starts = operator.index(saved['step']), [*saved['starts']]
+        stages = [Stage(**stage) for stage in saved['stages']]
     else:
-      check_nothing_lost(workdir, run)
+      check_nothing_lost(workdir, run, reached)
     if not stages or stages[-1].weights != corpora.stage:
       stages.append(Stage(start, corpora.stage))
     mixed = Mixture(stages)
@@ -51,6 +67,8 @@ def main(config: ConfigDict) -> None:
     for change in changed:
       told = '{setting} was {before}, is {after} from here on'.format_map(change)
       print(f'change   {told}', flush=True)
+    if start and reached < start:
+      print(f'metrics  none from sequence {reached:,} to {start:,}: {metrics.FILE} was cut')
     if start >= run.ramp.total:
       print(f'nothing is left to train: {start:,} of {run.ramp.total:,} sequences', flush=True)
       print(verdict(workdir, corpora))
@@ -66,7 +84,8 @@ def main(config: ConfigDict) -> None:
       if start:
         state = checkpoints.restore(start, run.program.abstract_state())
       else:
-        state = jax.jit(lambda: run.program.init(jax.random.key(config.seed)))()
+        with told_as('memory', 'enough for the state', SMALLER, jax.errors.JaxRuntimeError):
+          state = jax.jit(lambda: run.program.init(jax.random.key(config.seed)))()
       write_record(workdir, config, record, corpora.first)
       with (
         metrics.MetricsWriter(
@@ -96,21 +115,11 @@ def main(config: ConfigDict) -> None:
   print(verdict(workdir, corpora))
 
 
-def make_workdir(workdir: epath.Path) -> None:
-  """Makes a folder, or raises if it cannot be made or written."""
-  wanted, fix = 'a folder that can be made and written', '--config.workdir=runs/…'
-  with told_as(f'workdir {workdir}', wanted, fix, OSError):
-    workdir.mkdir(parents=True, exist_ok=True)
-  if not os.access(workdir, os.W_OK):
-    raise mistake('workdir', workdir, wanted, fix)
-
-
-def check_nothing_lost(workdir: epath.Path, run: Run) -> None:
-  """Raises where metrics tell of checkpoints that are gone: starting anew would erase them too.
+def check_nothing_lost(workdir: epath.Path, run: Run, reached: int) -> None:
+  """Raises where metrics reach past checkpoints that are gone: starting anew would erase them too.
 
   A run that was killed before its first checkpoint was complete may start anew.
   """
-  reached = metrics.reached(workdir)
   # When the third checkpoint is due, the first is complete: none starts before the last is.
   if run.save_every and reached >= 3 * max(run.save_every, run.ramp.rungs[-1].batch):
     raise mistake(

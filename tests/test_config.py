@@ -172,6 +172,11 @@ def test_a_run_is_what_the_knobs_say():
   'settings, told',
   [
     ({'batch__sequences': 0}, '^batch.sequences: got 0, wanted 1 or more'),
+    ({'batch__sequences': 2**63 - 1}, '^batch.sequences: got .*, wanted 1048576 or less'),
+    ({'compute__microbatch': 2**40}, 'batch.sequences over data·fsdp·microbatch'),
+    ({'model__d_ff': 2**63 - 1}, 'model.d_ff: got .*, wanted 1048576 or less'),
+    ({'model__context': 0}, 'model.context: got 0'),
+    ({'workdir': 'w\udcff'}, 'workdir: got UnicodeEncodeError'),
     ({'mesh__fsdp': 3}, 'd_model over the mesh axis fsdp: got 128 over 3'),
     ({'mesh__tensor': 8}, 'n_heads over the mesh axis tensor: got 4 over 8'),
     ({'mesh__data': 4}, 'got 4·1·1 = 4 devices, wanted 8, all there are'),
@@ -206,6 +211,11 @@ def test_a_run_is_what_the_knobs_say():
 def test_a_mistake_is_told(settings, told):
   with pytest.raises(Mistake, match=told):
     resolve(changed(**settings), jax.devices())
+
+
+def test_a_window_longer_than_the_context_sees_all_of_it():
+  run = resolve(changed(model__window=2**40), jax.devices())
+  assert run.program.shape.windows == (None, 256)
 
 
 def test_without_a_ramp_its_start_does_not_matter():

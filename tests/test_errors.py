@@ -1,11 +1,16 @@
 """What a user reads when something is wrong."""
 
+import pathlib
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.errors import Mistake, mistake, raise_all, told_as, told_plainly
 
+ROOT = pathlib.Path(__file__).parents[1]
 texts = st.text(min_size=1)
 
 
@@ -87,3 +92,14 @@ def test_what_a_terminal_cannot_show_ends_no_program(run_python):
   code = "from gptjax.errors import *\nwith told_plainly(): print('5 … 9')"
   env = {'PYTHONIOENCODING': 'ascii'}
   assert run_python(code, timeout=60, env=env).stdout == '5 \\u2026 9\n'
+
+
+def test_a_reader_that_goes_away_is_no_error():
+  code = "from gptjax.errors import *\nwith told_plainly():\n  while True: print('x' * 99)"
+  with subprocess.Popen(
+    [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+  ) as process:
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b''
+  assert process.returncode == 141

@@ -1,7 +1,9 @@
 """A sample is what the model's own logits say, and the entry speaks with a trained model."""
 
 import dataclasses
+import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -44,6 +46,8 @@ def test_greedy_takes_the_likeliest_token_past_the_end_of_the_context(loud):
 def test_seed_decides_and_padding_is_never_drawn(loud):
   program, params = loud
   draw = lambda seed: sample(program, params, [5], 30, 5.0, seed, end=-1)
+  hottest = sample(program, params, [5], 30, 1e300, end=-1)
+  assert len(set(hottest)) > 20 and max(hottest) < program.shape.vocab_size
   assert draw(0) == draw(0) != draw(1)
   assert max(draw(0) + draw(1)) < program.shape.vocab_size
 
@@ -119,6 +123,9 @@ def test_temperature_and_seed_reach_the_sample(straight, capsys):
     ({'temperature': math.nan}, 'temperature nan'),
     ({'temperature': math.inf}, 'temperature inf'),
     ({'tokens': 0}, 'tokens 0'),
+    ({'seed': -1}, 'seed: got -1'),
+    ({'seed': 2**70}, 'seed: got'),
+    ({'workdir': 'gs://bucket/run'}, 'wanted the workdir of a run'),
     ({'prompt': 'caf\udce9'}, 'prompt: got UnicodeEncodeError: .*, wanted UTF-8 text'),
   ],
 )
@@ -132,6 +139,19 @@ def test_a_damaged_config_of_the_run_is_told(tmp_path, text):
   (tmp_path / 'config.json').write_bytes(text.encode('latin-1'))
   with pytest.raises(Mistake):
     generate.main(entry_config(tmp_path))
+
+
+def test_a_config_that_is_not_of_this_run_is_told(straight, tmp_path):
+  trained = json.loads((straight[0] / 'config.json').read_text())
+  shutil.copy(straight[0] / 'tokenizer.json', tmp_path)
+  for knobs, told in (
+    ({'vocab_size': 300}, 'got 257 tokens, wanted 300 tokens'),
+    ({'n_layers': '2'}, 'config.json: got TypeError'),
+  ):
+    changed = trained | {'model': trained['model'] | knobs}
+    (tmp_path / 'config.json').write_text(json.dumps(changed))
+    with pytest.raises(Mistake, match=told):
+      generate.main(entry_config(tmp_path))
 
 
 def test_a_program_that_was_told_nonsense_shows_no_traceback(run_python):

@@ -371,3 +371,13 @@ def test_a_loss_that_is_no_number_is_shown_as_it_is():
   with metrics.ProgressBar(100, 0, CONTEXT, file=file) as bar:
     bar.update(step(10) | {'loss': math.nan})
   assert 'loss nan' in file.getvalue()
+
+
+@pytest.mark.parametrize(
+  'line',
+  ['{"a": 1}', '[]', '{"kind": "train", "step": 1, "sequences": "x", "tokens": 1, "loss": 1}'],
+)
+def test_a_line_that_is_no_record_is_told(tmp_path, line):
+  (tmp_path / 'metrics.jsonl').write_text(line + '\n{}\n')
+  with pytest.raises(Mistake, match='metrics.jsonl, line 1: got .*, wanted a record of a run'):
+    metrics.read(tmp_path)

@@ -50,8 +50,7 @@ def refused(**knobs):
   done = run(**knobs)
   assert done.returncode == 2, done.stderr
   assert done.stderr.startswith('error: ') and 'Traceback' not in done.stderr
-  out = pathlib.Path(knobs.get('out') or 'none')
-  assert not out.with_name(out.name + '.incomplete').exists()
+  assert not pathlib.Path(f'{knobs.get("out")}.incomplete').exists()
   return done.stderr
 
 
@@ -262,6 +261,8 @@ def test_wrong_knobs_are_told_together(tmp_path, folder):
     ({'sorce': 'x'}, '--config.sorce: got an unknown key.*try --config.source'),
     ({'context': 'long'}, '--config.context=long: got .* wanted int'),
     ({'out': ''}, 'out: got none'),
+    ({'out': '/'}, 'out: got /, wanted a folder to make'),
+    ({'out': '.'}, 'which holds something else'),
     ({'out': 'good.jsonl/out'}, "out 'good.jsonl/out': got NotADirectoryError"),
     ({'source': ''}, 'source: got none'),
     ({'workers': -1}, 'workers: got -1'),

@@ -162,6 +162,10 @@ def test_several_runs_are_drawn_here(run, tmp_path, monkeypatch):
   png_size(tmp_path / 'report.png')
 
 
+def test_a_name_with_a_dollar_is_no_formula(run, tmp_path):
+  report.main([str(run(r'a$\frac$', [5.0])), f'--out={tmp_path}/a.png'])
+
+
 def test_out_says_where(run, tmp_path):
   report.main([str(run('a', [5.0])), f'--out={tmp_path}/else.png'])
   png_size(tmp_path / 'else.png')

@@ -297,10 +297,34 @@ def test_damaged_metadata_is_told(texts, tmp_path, name, text):
 def test_metadata_of_another_shape_is_told(texts, tmp_path):
   path = pathlib.Path(make(tmp_path, texts[:20]).folder) / 'metadata.json'
   whole = json.loads(path.read_text())
-  for key, value in (('files', []), ('corpus', None), ('corpus', {'train': {}})):
+  empty = whole['corpus']['validation'] | {'bytes': 0}
+  for key, value in (
+    ('files', []),
+    ('files', {}),
+    ('format', 2),
+    ('corpus', None),
+    ('corpus', {'train': {}}),
+    ('corpus', whole['corpus'] | {'tokenizer': 5}),
+    ('corpus', whole['corpus'] | {'validation': empty}),
+  ):
     path.write_text(json.dumps(whole | {key: value}))
     with pytest.raises(Mistake, match='wanted what gptjax.prepare wrote'):
       shards.describe(path.parent)
+
+
+def test_metadata_of_tfds_that_tells_otherwise_is_refused(texts, tmp_path):
+  folder = pathlib.Path(make(tmp_path, texts).folder)
+  for name, old, new in (
+    ('dataset_info.json', r'"shardLengths": \[\s*"\d', '"shardLengths": ["9'),
+    ('features.json', '"uint16"', '"int32"'),
+  ):
+    text = (folder / name).read_text()
+    changed = re.sub(old, new, text, count=1)
+    assert changed != text
+    (folder / name).write_text(changed)
+    with pytest.raises(Mistake, match='as were made|wanted a readable one'):
+      shards.open_split(folder, 'train')[0]
+    (folder / name).write_text(text)
 
 
 def test_another_tokenizer_than_the_one_of_the_windows_is_told(texts, tmp_path):

@@ -260,6 +260,56 @@ def test_metrics_whose_checkpoints_are_gone_are_not_erased(straight, corpus, tmp
   assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == before
 
 
+def test_metrics_that_were_cut_are_told(straight, corpus, tmp_path, capsys):
+  shutil.copytree(straight[0], tmp_path / 'run')
+  path = tmp_path / 'run' / 'metrics.jsonl'
+  path.write_bytes(b''.join(path.read_bytes().splitlines(True)[:5]))
+  train.main(config(tmp_path / 'run', corpus))
+  assert 'metrics  none from sequence 32 to 384: metrics.jsonl was cut' in capsys.readouterr().out
+  path.unlink()
+  path.mkdir()
+  with pytest.raises(Mistake, match='metrics.jsonl: got IsADirectoryError'):
+    train.main(config(tmp_path / 'run', corpus))
+
+
+@pytest.mark.parametrize('record', ['{}', '[]', '{"settings": 1}', '{"step": "x"}'])
+def test_a_record_of_another_shape_is_a_damaged_checkpoint(straight, corpus, tmp_path, record):
+  shutil.copytree(straight[0], tmp_path / 'run')
+  path = tmp_path / 'run' / 'checkpoints' / '384' / 'record' / 'metadata'
+  if record.startswith('{"'):
+    record = json.dumps(json.loads(path.read_text()) | json.loads(record))
+  path.write_text(record)
+  with pytest.raises(Mistake, match='384: got .*wanted a whole checkpoint'):
+    train.main(config(tmp_path / 'run', corpus))
+
+
+# No file may grow beyond some size, which is told as a full disk is.
+LIMITED = """
+import resource, runpy, sys
+from gptjax import checkpoint
+init, most = checkpoint.Checkpoints.__init__, int(sys.argv.pop(1))
+def limited(*args):
+  init(*args)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+checkpoint.Checkpoints.__init__ = limited
+runpy.run_module('gptjax.train', run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('most', [500, 20_000], ids=['config', 'checkpoint'])
+def test_a_full_disk_ends_a_run_plainly(corpus, tmp_path, run_python, most):
+  command = ['-c', LIMITED, str(most), *args(tmp_path, corpus)[2:]]
+  done = run_python(command, timeout=100, code=2)
+  assert done.stderr.splitlines()[-1].startswith('error: ')
+  assert 'room' in done.stderr.splitlines()[-1]
+
+
+def test_a_platform_that_is_not_there_is_told(run_python):
+  command = ['-m', 'gptjax.train', '--config=configs/tiny.py']
+  done = run_python(command, timeout=60, code=2, env={'JAX_PLATFORMS': 'abacus'})
+  assert 'devices: got RuntimeError' in done.stderr and 'Traceback' not in done.stderr
+
+
 def test_a_damaged_checkpoint_loses_nothing(straight, corpus, tmp_path):
   """It is told; moved away, training goes on from the one before and comes to the same end."""
   workdir = tmp_path / 'run'
@@ -280,13 +330,14 @@ def test_a_damaged_checkpoint_loses_nothing(straight, corpus, tmp_path):
 def test_verdict_says_over_what_it_is_and_what_is_missing(corpus, tmp_path):
   opened = corpora.open_all(corpus, resolve(config('x', corpus), jax.devices()).program.shape)
   there = opened.first.validation.windows
-  record = {'kind': 'validation', 'loss': 1.0, 'bits_per_byte': 0.5, 'windows': 3}
+  record = {'kind': 'validation', 'step': 1, 'sequences': 8, 'tokens': 256, 'loss': 1.0}
+  record |= {'bits_per_byte': 0.5, 'windows': 3}
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
   assert f'over 3 of {there} windows' in train.verdict(tmp_path, opened)
   record['windows'] = there
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
   assert ' windows' not in train.verdict(tmp_path, opened)
-  (tmp_path / 'metrics.jsonl').write_text('{"kind": "train"}\n')
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(record | {'kind': 'train'}) + '\n')
   assert 'held-out loss  not in metrics.jsonl' in train.verdict(tmp_path, opened)
 
 
@@ -354,7 +405,9 @@ def test_mistakes_are_told_and_nothing_is_made(corpus, tmp_path, settings, told)
 def test_workdir_that_is_a_file_is_told_and_kept(corpus, tmp_path):
   (tmp_path / 'notes').write_text('mine')
   for workdir in (tmp_path / 'notes', tmp_path / 'notes' / 'run'):
-    with pytest.raises(Mistake, match='workdir .*notes.*: got .*wanted a folder that can be made'):
+    with pytest.raises(
+      Mistake, match='workdir .*notes.*: got .*wanted a folder to make and write in'
+    ):
       train.main(config(workdir, corpus))
   assert (tmp_path / 'notes').read_text() == 'mine'
 

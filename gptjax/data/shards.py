@@ -301,10 +301,13 @@ def describe(folder: str) -> Corpus:
     about = metadata['corpus']
     splits = {split: Split(**about[split]) for split in (TRAIN, VALIDATION)}
     corpus = Corpus(**about | splits | {'folder': str(folder)})
-  tokenizer = tokenizers.load(folder)
-  if tokenizer.identity != corpus.tokenizer:
-    got, wanted = tokenizer.identity[:12], f'{corpus.tokenizer[:12]}, which made its windows'
-    raise mistake(f'tokenizer in {folder}', got, wanted, AGAIN)
+    if metadata['format'] != FORMAT or not metadata['files'] or not corpus.validation.bytes > 0:
+      raise ValueError(f'format {metadata["format"]}, {len(metadata["files"])} files')
+    tokenizer = tokenizers.load(folder)
+    mine = tokenizer.identity, tokenizer.vocab_size, tokenizer.end_of_text
+    if mine != (corpus.tokenizer, corpus.vocab_size, corpus.end_of_text):
+      got, wanted = tokenizer.identity[:12], f'{corpus.tokenizer[:12]}, which made its windows'
+      raise mistake(f'tokenizer in {folder}', got, wanted, AGAIN)
   return corpus
 
 
@@ -342,9 +345,9 @@ class Windows:
       raise IndexError(f'window {index} of {self._length}')
     try:
       return self._source[index]['tokens']
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:
       file, record = self._place(index)
-      with told_as(f'{file}, record {record}', 'a readable one', AGAIN, RuntimeError):
+      with told_as(f'{file}, record {record}', 'a readable one', AGAIN, Exception):
         raise e
 
   def _place(self, index: int) -> tuple[str, int]:
@@ -366,8 +369,12 @@ def open_split(folder: str, split: str) -> Windows:
   """The windows of `train` or `validation`. Raises Mistake as `describe` does."""
   if split not in (TRAIN, VALIDATION):
     raise mistake('split', split, f'{TRAIN} or {VALIDATION}', 'one of them')
-  describe(folder)
-  return Windows(folder, split)
+  holds = getattr(describe(folder), split)
+  windows = Windows(folder, split)
+  if len(windows) != holds.windows:
+    got = f'{len(windows)} windows in its dataset_info.json'
+    raise mistake(f'{split} split of {folder}', got, f'{holds.windows}, as were made', AGAIN)
+  return windows
 
 
 def bits_per_byte(nats: float, split: Split) -> float:

@@ -117,7 +117,7 @@ class SentencePiece:
     return self._sp.decode([int(t) for t in tokens])
 
   def save(self, folder: str) -> None:
-    (epath.Path(folder) / MODEL).write_bytes(self._model)
+    files.write_whole(os.path.join(folder, MODEL), self._model)
     _save_card(folder, 'sentencepiece', self.identity)
 
 
@@ -162,7 +162,7 @@ class Gpt2:
     return self._bpe.decode_bytes(known).decode(errors='replace')
 
   def save(self, folder: str) -> None:
-    (epath.Path(folder) / RANKS).write_bytes(self._file())
+    files.write_whole(os.path.join(folder, RANKS), self._file())
     _save_card(folder, 'gpt2', self.identity)
 
   def _file(self) -> bytes:
@@ -223,7 +223,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePiece:
       num_threads=1,  # fixed, so that the model does not depend on the machine
       minloglevel=2,
     )
-  except RuntimeError as e:
+  except (RuntimeError, ValueError) as e:
     raise _untrainable(str(e), vocab_size) from e
   return SentencePiece(model.getvalue())
 
