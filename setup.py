@@ -31,6 +31,7 @@ setuptools.setup(
   # JAX's own extras for machines that are not CPUs. To compile for one ahead of time without having
   # it, the same extras do.
   extras_require={
+    'beam': ['apache-beam'],
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'parquet': ['pyarrow'],

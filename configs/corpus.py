@@ -28,6 +28,9 @@ def get_config() -> ConfigDict:
   c.shards = 16
   # Processes; 0 is one per core. The result does not depend on it.
   c.workers = 0
+  # Options of Apache Beam, to prepare on a cluster instead: '--runner=DataflowRunner …'. `out` must
+  # be a folder that all its machines share. The result does not depend on this either.
+  c.beam = ''
   # `raise` or `skip` (and count) what is not UTF-8, not JSON, or has no text.
   c.on_bad_text = 'raise'
   return c

@@ -40,8 +40,9 @@ def told_as(what: object, wanted: object, fix: str, *kinds: type[Exception]) -> 
   except Mistake:
     raise
   except kinds as e:
-    first = f'{e}'.strip().splitlines()[:1]
-    raise mistake(what, ': '.join([type(e).__name__, *first])[:300], wanted, fix) from e
+    lines = f'{e}'.strip().splitlines()
+    told = lines[-1:] if lines[:1] == ['Traceback (most recent call last):'] else lines[:1]
+    raise mistake(what, ': '.join([type(e).__name__, *told])[:300], wanted, fix) from e
 
 
 @contextlib.contextmanager

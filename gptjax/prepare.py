@@ -4,35 +4,27 @@ python -m gptjax.prepare --config=configs/corpus.py --config.source=folder --con
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
 
-import tqdm
 from ml_collections import ConfigDict
 
-from gptjax import files, flags
-from gptjax.data import shards, sources, spool
+from gptjax import flags
+from gptjax.data import engines, reading, shards, sources, spool
 from gptjax.data import tokenizer as tokenizers
+from gptjax.data.engines import Run
 from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 # A tokenizer is trained on the first training documents, in seeded order, up to this much text.
 TOKENIZER_BYTES = 10_000_000
 SPOOL = 'spool'  # in the unfinished folder: documents sorted into shards
-Job, Result = TypeVar('Job'), TypeVar('Result')
-# Runs a function over jobs, in any order of work, and yields the results in the jobs' order.
-Run = Callable[[str, Callable[[Job], Result], list[Job]], Iterator[Result]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +85,18 @@ def main(config: ConfigDict) -> None:
     shards=config.shards,
     on_bad_text=config.on_bad_text,
   )
-  corpus, made = prepare(recipe, config.out, config.workers or _cores())
+  if config.beam:
+    engine = engines.beam(config.beam.split(), f'{config.out}.beam')
+  else:
+    engine = engines.processes(config.workers or engines.cores())
+  corpus, made = prepare(recipe, config.out, engine)
   print(f'{config.out} was already prepared: nothing to do.' if not made else config.out)
   print(table(corpus))
 
 
-def prepare(recipe: Recipe, out: str, workers: int) -> tuple[shards.Corpus, bool]:
+def prepare(
+  recipe: Recipe, out: str, engine: contextlib.AbstractContextManager[Run]
+) -> tuple[shards.Corpus, bool]:
   """Makes the folder `out`, or finds it made by the same recipe from the same files (False).
 
   Works beside it in `<out>.incomplete` and renames that at the end, so `out` is never half made.
@@ -116,24 +114,23 @@ def prepare(recipe: Recipe, out: str, workers: int) -> tuple[shards.Corpus, bool
   work = target.with_name(target.name + '.incomplete')
   there = target.exists() and not (target.is_dir() and not any(target.iterdir()))
   memory = 'fewer --config.workers or more --config.shards'
+  wanted, fix = 'a folder that can be made', 'more room or another --config.out'
   with (
-    told_as(
-      f'out {out!r}', 'a folder that can be made', 'more room or another --config.out', OSError
-    ),
+    told_as(f'out {out!r}', wanted, fix, OSError),
     told_as('a worker', 'memory for one shard a worker', memory, BrokenProcessPool),
-    _processes(workers) as run,
+    engine as run,
   ):
     if not there:  # first, so that a place where nothing can be made costs no reading
       work.mkdir(parents=True, exist_ok=True)
-    asked = _asked(recipe, source, given, run)
-    if there:
-      _refuse_unlike(out, asked)
-      return shards.describe(out), False
     try:
+      asked = _asked(recipe, source, given, run)
+      if there:
+        _refuse_unlike(out, asked)
+        return shards.describe(out), False
       _take_over(work, asked)
       _make(recipe, source, given, asked, str(work), run)
     except Mistake:  # another recipe or other files are needed
-      shutil.rmtree(work)
+      shutil.rmtree(work, ignore_errors=True)
       raise
     work.rename(target)
   return shards.describe(out), True
@@ -191,10 +188,10 @@ def _make(
   os.makedirs(spooled, exist_ok=True)
   skipped = collections.Counter(dict(source.left_out))
   parts = [
-    _Part(source, files, i, spooled, recipe.seed, recipe.validation_fraction, recipe.shards)
-    for i, files in enumerate(_parts(source.files))
+    reading.Part(source, files, i, spooled, recipe.seed, recipe.validation_fraction, recipe.shards)
+    for i, files in enumerate(reading.deal(source.files))
   ]
-  for counts in run('reading', _spool, parts):
+  for counts in run('reading', reading.read, parts):
     skipped.update(counts)
   if not spool.names(spooled):
     raise mistake(
@@ -221,45 +218,6 @@ def _make(
   os.remove(os.path.join(work, 'asked.json'))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-  """Files that one worker spools."""
-
-  source: sources.Source
-  files: tuple[str, ...]
-  index: int
-  spool: str
-  seed: int
-  validation_fraction: float
-  shards: int
-
-
-def _spool(part: _Part) -> collections.Counter[str]:
-  """Reads a part's documents into the spool, one bucket per shard; returns what was skipped.
-
-  A part that was read before is not read again.
-  """
-  done = pathlib.Path(part.spool) / f'{part.index:05d}.read'
-  if done.exists():
-    return collections.Counter(json.loads(done.read_text()))
-  skipped = collections.Counter()
-  with spool.Writer(part.spool, part.index) as writer:
-    for file in part.files:
-      for document in sources.read(part.source, file, skipped):
-        text = document.text.encode()
-        key = spool.key(text, part.seed)
-        split, index = shards.place(key, part.validation_fraction, part.shards)
-        writer.add(shards.bucket_name(split, index), key, text)
-  files.write_whole(done, json.dumps(skipped))
-  return skipped
-
-
-def _parts(files: tuple[str, ...]) -> list[tuple[str, ...]]:
-  """Deals files to at most 64 parts: enough to keep cores busy, few enough to open at once."""
-  count = min(64, len(files))
-  return [files[i::count] for i in range(count)]
-
-
 def _sample(spooled: str, count: int, most: int) -> Iterator[str]:
   """Training documents in seeded order, `most` bytes in all; validation is not looked at."""
   for i in range(count):
@@ -278,7 +236,7 @@ def _asked(
   recipe: Recipe, source: sources.Source, given: tokenizers.Tokenizer | None, run: Run
 ) -> dict[str, object]:
   """All that decides the corpus's bytes: the recipe, and what the files hold."""
-  digests = [d for ds in run('hashing', _hash_files, _parts(source.files)) for d in ds]
+  digests = [d for ds in run('hashing', reading.hash_files, reading.deal(source.files)) for d in ds]
   asked = dataclasses.asdict(recipe) | {
     'tokenizer': given.identity if given else 'train',
     'files': hashlib.sha256(''.join(sorted(digests)).encode()).hexdigest(),
@@ -287,14 +245,6 @@ def _asked(
   if given:
     del asked['vocab_size']
   return asked
-
-
-def _hash_files(files: tuple[str, ...]) -> list[str]:
-  hashes = []
-  for file in files:
-    with sources.raw(file) as f:
-      hashes.append(hashlib.file_digest(f, 'sha256').hexdigest())
-  return hashes
 
 
 def _refuse_unlike(out: str, asked: dict[str, object]) -> None:
@@ -310,62 +260,6 @@ def _refuse_unlike(out: str, asked: dict[str, object]) -> None:
       'a new folder',
       'another --config.out, or removing this one',
     )
-
-
-@contextlib.contextmanager
-def _processes(workers: int) -> Iterator[Run]:
-  """Something to run jobs with: here if `workers` is 1, else in that many processes."""
-
-  def here(label: str, function: Callable[[Job], Result], jobs: list[Job]) -> Iterator[Result]:
-    return _shown(label, map(function, jobs), len(jobs))
-
-  if workers == 1:
-    yield here
-    return
-  # Spawned, not forked: the caller may hold threads and locks.
-  context = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
-
-    def there(label: str, function: Callable[[Job], Result], jobs: list[Job]) -> Iterator[Result]:
-      try:
-        with _interrupts_wait():  # the processes start here, and none is to be interrupted
-          results = pool.map(function, jobs)
-        yield from _shown(label, results, len(jobs))
-      except BaseException:
-        # Nothing may still write into a folder that the caller is about to remove.
-        pool.shutdown(cancel_futures=True)
-        raise
-
-    yield there
-
-
-@contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-  """Delays Ctrl-C; a process that starts meanwhile never sees it, and its parent stops it."""
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-  try:
-    yield
-  finally:
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker() -> None:
-  def end_with_parent():
-    # A worker whose parent was killed would otherwise wait for jobs for ever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _cores() -> int:
-  """Cores this process may use, which a container can make fewer than the machine has."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
-def _shown(label: str, results: Iterable[Result], total: int) -> Iterator[Result]:
-  # None: no bar where nobody watches.
-  return iter(tqdm.tqdm(results, label, total, disable=None))
 
 
 if __name__ == '__main__':

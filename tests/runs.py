@@ -8,7 +8,7 @@ import subprocess
 
 from configs import tiny
 from gptjax import prepare, schedule, sharding, train
-from gptjax.data import loader, shards
+from gptjax.data import engines, loader, shards
 
 CONTEXT = 32
 # Small enough for seconds, with all of the recipe: a ramp of three rungs, warm-up and cosine.
@@ -62,7 +62,7 @@ def make_corpus(folder: pathlib.Path, modules=MODULES, **knobs) -> str:
   )
   recipe = dataclasses.replace(recipe, **knobs)
   prepared = folder / 'prepared'
-  prepare.prepare(recipe, str(prepared), workers=1)
+  prepare.prepare(recipe, str(prepared), engines.processes(1))
   return str(prepared)
 
 

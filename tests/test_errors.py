@@ -77,6 +77,11 @@ def test_what_a_library_raises_is_quoted_in_one_line():
     raise UnicodeError('first\nsecond')
   assert str(caught.value) == 'a.json: got UnicodeError: first, wanted JSON; try mending it'
   assert isinstance(caught.value.__cause__, UnicodeError)
+  with (
+    pytest.raises(Mistake, match='got OSError: the end, wanted'),
+    told_as('a', 'b', 'c', OSError),
+  ):
+    raise OSError('Traceback (most recent call last):\n  of another process\nthe end')
   with pytest.raises(Mistake, match='got KeyError, wanted'), told_as('a', 'b', 'c', Exception):
     raise KeyError
 

@@ -20,7 +20,7 @@ from array_record.python import array_record_module
 from hypothesis import strategies as st
 
 from gptjax import prepare
-from gptjax.data import shards, spool
+from gptjax.data import engines, shards, spool
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import Mistake
 
@@ -57,7 +57,7 @@ def make(tmp_path, texts, workers=1, name='out', **knobs):
   """A corpus, made."""
   source = write(tmp_path / 'source', texts)
   recipe = dataclasses.replace(RECIPE, source=source, **knobs)
-  corpus, made = prepare.prepare(recipe, str(tmp_path / name), workers)
+  corpus, made = prepare.prepare(recipe, str(tmp_path / name), engines.processes(workers))
   assert made
   return corpus
 
@@ -166,7 +166,7 @@ def test_same_bytes_whatever_the_workers_and_the_files(texts, tmp_path):
   for i in range(5):
     write(tmp_path / 'source', mixed[i::5], f'{i}.jsonl')
   recipe = dataclasses.replace(RECIPE, source=str(tmp_path / 'source'), tokenizer='train')
-  two, _ = prepare.prepare(recipe, str(tmp_path / 'two'), 2)
+  two, _ = prepare.prepare(recipe, str(tmp_path / 'two'), engines.processes(2))
   assert two == dataclasses.replace(one, folder=two.folder)
   a, b = files(one.folder), files(two.folder)
   assert a.pop('metadata.json') != b.pop('metadata.json')  # of other files, which it tells
