@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -48,9 +48,8 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
     raise PermissionError('not writable')
   reached = metrics.reached(workdir)
   settings = checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity})
-  with contextlib.closing(
-    checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
-  ) as checkpoints:
+  saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
+  with contextlib.closing(saved_in) as checkpoints, told_from_where(checkpoints):
     start, taken, starts, stages, changed = checkpoints.latest() or 0, 0, [], [], []
     if start:
       with checkpoints.damage_told(start):
@@ -105,14 +104,19 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
         trainer = Trainer(run, corpora, mixed, mesh, writer, bar, workdir)
         clock = lambda step: {'sequences': step.end, 'step': step.number}
         save = lambda step, state: checkpoints.save(step.end, state, record | clock(step))
-        try:
-          trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
-        except KeyboardInterrupt:
-          bar.close()
-          told = f'stopped; the same command goes on from sequence {checkpoints.wait() or 0:,}'
-          print(told, file=sys.stderr, flush=True)
-          raise
+        trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
   print(verdict(workdir, corpora))
+
+
+@contextlib.contextmanager
+def told_from_where(checkpoints: checkpoint.Checkpoints) -> Iterator[None]:
+  """Says on Ctrl-C from where the run goes on."""
+  try:
+    yield
+  except KeyboardInterrupt:
+    told = f'stopped; the same command goes on from sequence {checkpoints.wait() or 0:,}'
+    print(told, file=sys.stderr, flush=True)
+    raise
 
 
 def check_nothing_lost(workdir: epath.Path, run: Run, reached: int) -> None:
