@@ -245,6 +245,12 @@ def test_nothing_to_read(tmp_path):
     read_all(tmp_path)
 
 
+def test_a_bucket_without_its_library_says_what_to_install():
+  for place in ('gs://bucket/folder', 'gs://bucket/*.txt'):
+    with pytest.raises(Mistake, match='gs://bucket/.*: got ImportError: .*gcsfs'):
+      read_all(place)
+
+
 def test_missing_package_says_what_to_install(tmp_path, monkeypatch):
   (tmp_path / 'a.parquet').write_bytes(b'')
   monkeypatch.setitem(sys.modules, 'pyarrow', None)

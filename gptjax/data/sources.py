@@ -59,7 +59,8 @@ def find(source: str, text_column: str, tokenizer: str, skip_bad_text: bool) -> 
   files, left_out, mistakes = set(), collections.Counter(), []
   for place in filter(None, map(str.strip, source.split(','))):
     try:
-      found, others = _find_stdlib() if place == STDLIB else _find_files(place)
+      with told_as(place, 'a place that can be read', 'installing what it asks for', ImportError):
+        found, others = _find_stdlib() if place == STDLIB else _find_files(place)
       if not found:
         raise mistake(
           'corpus',

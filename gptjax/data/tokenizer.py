@@ -72,8 +72,8 @@ class SentencePiece:
   not give texts back as they were.
   """
 
-  # Long texts are encoded in pieces of about this many characters, cut after a newline: no
-  # trained piece holds a newline, so the tokens are the same, and memory stays small.
+  # Long texts are encoded in stretches of about this many characters, cut where no piece of the
+  # model reaches across, so the tokens are the same, and memory stays small.
   _stretch = 4000
   _probe = '  \tTwo  spaces,\r\n\n é漢😀\0 \u2581 ' + END_OF_TEXT + ' '
 
@@ -87,6 +87,10 @@ class SentencePiece:
     self.vocab_size = self._sp.vocab_size()
     self.end_of_text = self._sp.piece_to_id(END_OF_TEXT)
     self.identity = hashlib.sha256(b'sentencepiece\0' + model).hexdigest()
+    pieces = self._sp.id_to_piece([*range(self.vocab_size)])
+    cuts = {r'(?<=\n)': r'\n[\s\S]', r'(?<=[^ ])(?= )': '[^\u2581]\u2581'}
+    free = [cut for cut, across in cuts.items() if not any(re.search(across, p) for p in pieces)]
+    self._cut = re.compile('|'.join(free) or '(?!)')
     # SentencePiece writes spaces as U+2581, so that character itself must go in as its bytes.
     self._lower_block = self._sp.piece_to_id([f'<0x{b:02X}>' for b in '\u2581'.encode()])
     if not self._sp.is_control(self.end_of_text):
@@ -105,13 +109,21 @@ class SentencePiece:
       )
 
   def encode(self, text: str) -> np.ndarray:
-    tokens = []
+    tokens = [np.zeros(0, np.int32)]
     for i, between in enumerate(text.split('\u2581')):
       if i:
-        tokens.extend(self._lower_block)
-      for stretch in _stretches(between, self._stretch):
-        tokens.extend(self._sp.encode(stretch))
-    return np.array(tokens, np.int32)
+        tokens.append(np.array(self._lower_block, np.int32))
+      for stretch in self._stretches(between):
+        tokens.append(np.array(self._sp.encode(stretch), np.int32))
+    return np.concatenate(tokens)
+
+  def _stretches(self, text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+      cut = self._cut.search(text, start + self._stretch)
+      end = cut.start() if cut else len(text)
+      yield text[start:end]
+      start = end
 
   def decode(self, tokens: Iterable[int]) -> str:
     return self._sp.decode([int(t) for t in tokens])
@@ -278,15 +290,6 @@ def _bytes_of(path: epath.Path) -> bytes:
 def _save_card(folder: str, kind: str, identity: str) -> None:
   card = json.dumps({'kind': kind, 'identity': identity}, indent=2)
   files.write_whole(os.path.join(folder, CARD), card + '\n')
-
-
-def _stretches(text: str, size: int) -> Iterator[str]:
-  """Cuts text after the first newline at or past each `size` characters."""
-  start = 0
-  while start < len(text):
-    end = text.find('\n', start + size) + 1 or len(text)
-    yield text[start:end]
-    start = end
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
