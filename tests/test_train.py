@@ -433,14 +433,14 @@ def test_config_of_another_program_is_told(run_python):
 
 @pytest.mark.parametrize('records', [0, 1, 9], ids=['compiling', 'before a save', 'after a save'])
 def test_interrupt_ends_without_a_traceback(corpus, tmp_path, start_python, records):
-  process = start_python(args(tmp_path, corpus))
+  process = start_python(args(tmp_path, corpus, train_tokens=1e6))  # longer than the test waits
   path = tmp_path / 'metrics.jsonl'  # begins with the baseline, and then the first step compiles
   while process.poll() is None:
     if path.exists() and len(path.read_bytes().splitlines()) > records:
       break
     time.sleep(0.02)
   process.send_signal(signal.SIGINT)
-  _, told = process.communicate(timeout=100)
+  _, told = process.communicate(timeout=60)
   assert process.returncode == 130, told
   assert 'interrupted' in told and 'Traceback' not in told
   last = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=9).latest() or 0
