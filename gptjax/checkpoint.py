@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import logging
+from collections.abc import Iterator
 
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gptjax.errors import mistake, raise_all, told_as
+from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 # What a resume may change, by the longest prefix of a setting's name. FREE are knobs of the
 # machine. NEVER would make another model, or another stream of tokens that only looks the same.
@@ -85,10 +87,17 @@ class Checkpoints:
     self.wait()
     self._manager.close()
 
-  def _failure_told(self) -> contextlib.AbstractContextManager:
-    # A full disk has many names here.
+  @contextlib.contextmanager
+  def _failure_told(self) -> Iterator[None]:
     fix = 'making room; the same command goes on from the last one that is whole'
-    return told_as(f'checkpoints in {self._manager.directory}', 'to be written', fix, Exception)
+    try:
+      # A full disk has many names here.
+      with told_as(f'checkpoints in {self._manager.directory}', 'to be written', fix, Exception):
+        yield
+    except Mistake:
+      # The first of many writes that failed is told; asyncio would log the others below it.
+      logging.getLogger('asyncio').addFilter(lambda log: 'never retrieved' not in log.getMessage())
+      raise
 
 
 def load_params(folder: epath.Path, abstract: dict) -> dict:

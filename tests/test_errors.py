@@ -68,7 +68,7 @@ def test_the_door_lets_other_errors_through():
 
 def test_a_program_at_the_door_shows_no_traceback(run_python):
   code = 'from gptjax.errors import *\nwith told_plainly(): raise Mistake("no such thing")'
-  done = run_python(code, timeout=60, code=2)
+  done = run_python(code, timeout=120, code=2)
   assert done.stderr == 'error: no such thing\n'
 
 
@@ -96,7 +96,7 @@ def test_a_mistake_or_another_kind_of_error_is_not_quoted():
 def test_what_a_terminal_cannot_show_ends_no_program(run_python):
   code = "from gptjax.errors import *\nwith told_plainly(): print('5 … 9')"
   env = {'PYTHONIOENCODING': 'ascii'}
-  assert run_python(code, timeout=60, env=env).stdout == '5 \\u2026 9\n'
+  assert run_python(code, timeout=120, env=env).stdout == '5 \\u2026 9\n'
 
 
 def test_a_reader_that_goes_away_is_no_error():

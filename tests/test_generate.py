@@ -156,10 +156,10 @@ def test_a_config_that_is_not_of_this_run_is_told(straight, tmp_path):
 
 def test_a_program_that_was_told_nonsense_shows_no_traceback(run_python):
   command = ['-m', 'gptjax.generate', '--config=configs/generate.py', '--config.workdir=nowhere']
-  done = run_python(command, timeout=60, code=2)
+  done = run_python(command, timeout=120, code=2)
   assert 'nowhere' in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_config_of_another_program_is_told(run_python):
-  done = run_python(['-m', 'gptjax.generate', '--config=configs/corpus.py'], timeout=60, code=2)
+  done = run_python(['-m', 'gptjax.generate', '--config=configs/corpus.py'], timeout=120, code=2)
   assert 'configs/corpus.py, which lacks what' in done.stderr and 'Traceback' not in done.stderr
