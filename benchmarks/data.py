@@ -21,7 +21,7 @@ import jax
 import psutil
 
 from gptjax import sharding
-from gptjax.data import loader, shards, sources
+from gptjax.data import dataset, loader, sources
 from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import told_plainly
 
@@ -72,7 +72,7 @@ def memory(pid: int) -> Iterator[int]:
 
 def read(folder: pathlib.Path, batch: int, seconds: float) -> float:
   """Tokens a second into batches on a device, in the order of training."""
-  windows = shards.open_split(str(folder), shards.TRAIN)
+  windows = dataset.open_split(str(folder), dataset.TRAIN)
   stream = loader.Stream({'a': windows}, Mixture([Stage(0, {'a': 1})]), seed=0)
   mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
   context, done, start = len(windows[0]) - 1, 0, time.perf_counter()

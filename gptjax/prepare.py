@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from ml_collections import ConfigDict
 
 from gptjax import flags
-from gptjax.data import engines, reading, shards, sources, spool
+from gptjax.data import dataset, engines, reading, shards, sources, spool
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.engines import Run
 from gptjax.errors import Mistake, mistake, raise_all, told_as
@@ -96,7 +96,7 @@ def main(config: ConfigDict) -> None:
 
 def prepare(
   recipe: Recipe, out: str, engine: contextlib.AbstractContextManager[Run]
-) -> tuple[shards.Corpus, bool]:
+) -> tuple[dataset.Corpus, bool]:
   """Makes the folder `out`, or finds it made by the same recipe from the same files (False).
 
   Works beside it in `<out>.incomplete` and renames that at the end, so `out` is never half made.
@@ -126,20 +126,20 @@ def prepare(
       asked = _asked(recipe, source, given, run)
       if there:
         _refuse_unlike(out, asked)
-        return shards.describe(out), False
+        return dataset.describe(out), False
       _take_over(work, asked)
       _make(recipe, source, given, asked, str(work), run)
     except Mistake:  # another recipe or other files are needed
       shutil.rmtree(work, ignore_errors=True)
       raise
     work.rename(target)
-  return shards.describe(out), True
+  return dataset.describe(out), True
 
 
 def _take_over(work: pathlib.Path, asked: dict[str, object]) -> None:
   """Empties a folder of unfinished work unless the same was asked for."""
   note = work / 'asked.json'
-  text = json.dumps(asked | {'format': shards.FORMAT}, sort_keys=True)
+  text = json.dumps(asked | {'format': dataset.FORMAT}, sort_keys=True)
   if not note.exists() or note.read_text() != text:
     shutil.rmtree(work)
     work.mkdir()
@@ -148,14 +148,14 @@ def _take_over(work: pathlib.Path, asked: dict[str, object]) -> None:
     print(f'going on with the unfinished {work}', flush=True)
 
 
-def table(corpus: shards.Corpus) -> str:
+def table(corpus: dataset.Corpus) -> str:
   """What a corpus holds, for people."""
   rows = [('', 'train', 'validation')]
   for label, of in (
     ('documents', lambda s: f'{s.documents:,}'),
     ('bytes', lambda s: f'{s.bytes:,}'),
     ('tokens', lambda s: f'{s.tokens:,}'),
-    ('bytes per token', lambda s: f'{s.bytes / s.tokens:.3f}'),
+    ('bytes per token', lambda s: f'{s.bytes_per_token:.3f}'),
     (f'windows of {corpus.context}', lambda s: f'{s.windows:,}'),
     ('tail tokens (in no window)', lambda s: f'{s.tail_tokens:,}'),
   ):
@@ -163,7 +163,7 @@ def table(corpus: shards.Corpus) -> str:
   lines = [f'{a:<28}{b:>16}{c:>16}' for a, b, c in rows]
   skipped = ', '.join(f'{n:,} {why}' for why, n in corpus.skipped_why.items())
   nats = corpus.unigram_nats
-  bits = shards.bits_per_byte(nats, corpus.validation)
+  bits = dataset.bits_per_byte(nats, corpus.validation)
   for label, value in (
     ('duplicates left out', f'{corpus.duplicates:,}'),
     ('skipped', f'{corpus.skipped:,}' + (f' ({skipped})' if skipped else '')),
@@ -207,7 +207,7 @@ def _make(
     tokenizer.save(work)
   jobs = [
     shards.Shard(split, i, count, spooled, work, recipe.context)
-    for split in (shards.TRAIN, shards.VALIDATION)
+    for split in (dataset.TRAIN, dataset.VALIDATION)
     for count in [shards.shard_count(split, recipe.validation_fraction, recipe.shards)]
     for i in range(count)
   ]
@@ -221,7 +221,7 @@ def _make(
 def _sample(spooled: str, count: int, most: int) -> Iterator[str]:
   """Training documents in seeded order, `most` bytes in all; validation is not looked at."""
   for i in range(count):
-    for text in spool.Bucket(spooled, shards.bucket_name(shards.TRAIN, i)):
+    for text in spool.Bucket(spooled, shards.bucket_name(dataset.TRAIN, i)):
       yield text[:most].decode(errors='ignore')  # a cut may fall inside a character
       most -= len(text)
       if most <= 0:
@@ -249,7 +249,7 @@ def _asked(
 
 def _refuse_unlike(out: str, asked: dict[str, object]) -> None:
   try:
-    differences = shards.unlike(out, asked)
+    differences = dataset.unlike(out, asked)
   except Mistake as e:
     got = f'{out!r}, which holds something else'
     raise mistake('out', got, 'a new or an empty folder', 'another --config.out') from e

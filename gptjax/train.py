@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from gptjax import checkpoint, files, flags, metrics, schedule, sharding
 from gptjax.config import Run, resolve
-from gptjax.data import loader, shards, tokenizer
+from gptjax.data import dataset, loader, tokenizer
 from gptjax.data.corpora import Corpora, open_all
 from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import mistake, told_as
@@ -244,7 +244,7 @@ class Trainer:
     )
     self.clock = time.perf_counter()
 
-  def loss(self, params: dict, windows: shards.Windows, count: int) -> float:
+  def loss(self, params: dict, windows: dataset.Windows, count: int) -> float:
     """The mean loss in nats per token over the first `count` windows, in their own order."""
     rows, total, unread = self.run.microbatch, 0.0, None
     for start in range(0, count, rows):

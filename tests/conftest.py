@@ -138,6 +138,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope='session')
+def texts() -> list[str]:
+  """Real documents of many sizes, all different."""
+  from tests import texts
+
+  return texts.documents()
+
+
+@pytest.fixture(scope='session', params=['bytes', 'train'])
+def packed(request, texts, tmp_path_factory):
+  """A described corpus of `texts`, by each kind of tokenizer."""
+  from tests import texts as small
+
+  return small.make(tmp_path_factory.mktemp('packed'), texts, tokenizer=request.param)
+
+
+@pytest.fixture(scope='session')
 def straight(tmp_path_factory, corpus, run_python) -> tuple[pathlib.Path, str]:
   """The workdir of a run on one device that nothing disturbed, and what it printed."""
   from tests import runs

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from gptjax.data import corpora, shards
+from gptjax.data import corpora, dataset
 from gptjax.errors import Mistake
 from gptjax.sizes import Shape
 from tests.runs import CONTEXT, make_corpus
@@ -26,14 +26,14 @@ def renamed(folder, name, tmp_path):
 def test_shares_are_of_contents_wherever_they_lie(corpus, more, tmp_path):
   more = renamed(more, 'more', tmp_path)
   opened = corpora.open_all(f'{corpus}=3,{more}', SHAPE)
-  assert opened.stage == {shards.describe(corpus).digest: 3, shards.describe(more).digest: 1}
+  assert opened.stage == {dataset.describe(corpus).digest: 3, dataset.describe(more).digest: 1}
   elsewhere = renamed(corpus, 'elsewhere', tmp_path)
   assert corpora.open_all(f'{more}=0.5,{elsewhere}=1.5', SHAPE).identity == opened.identity
 
 
 def test_a_source_of_weight_0_is_only_validated(corpus, more, tmp_path):
   opened = corpora.open_all(f'{corpus},{renamed(more, "more", tmp_path)}=0', SHAPE)
-  assert [*opened.stage] == [shards.describe(corpus).digest]
+  assert [*opened.stage] == [dataset.describe(corpus).digest]
   assert len(opened.held_out) == 2
   assert opened.mean(dict.fromkeys(opened.by_name, 2.0)) == 2
   losses = {name: 1.0 if weight else 9.0 for name, weight in opened.weights.items()}
@@ -43,7 +43,7 @@ def test_a_source_of_weight_0_is_only_validated(corpus, more, tmp_path):
 def test_bits_per_byte_of_one_corpus_are_its_own(corpus):
   opened = corpora.open_all(corpus, SHAPE)
   (name,) = opened.by_name
-  wanted = shards.bits_per_byte(2.0, opened.first.validation)
+  wanted = dataset.bits_per_byte(2.0, opened.first.validation)
   assert opened.bits_per_byte({name: 2.0}) == pytest.approx(wanted)
 
 
@@ -62,7 +62,7 @@ def test_corpora_of_different_tokenizers_are_refused(corpus, tmp_path):
   with pytest.raises(Mistake, match='vocabulary of the tokenizer'):
     corpora.open_all(f'{other},{corpus}', model)
   opened = corpora.Corpora(
-    {'a': shards.describe(corpus), 'b': shards.describe(other)}, {'a': 0.5, 'b': 0.5}
+    {'a': dataset.describe(corpus), 'b': dataset.describe(other)}, {'a': 0.5, 'b': 0.5}
   )
   told = [str(m) for m in corpora._unlike(opened)]
   assert len(told) == 1 and f'preparing it with --config.tokenizer={corpus}' in told[0]

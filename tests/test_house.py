@@ -34,6 +34,7 @@ FLOORS = {
   'data.sources': 1,
   'metrics': 1,
   'model': 2,
+  'data.dataset': 1,
   'data.shards': 2,
   'data.loader': 2,
   'data.reading': 2.5,

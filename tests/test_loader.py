@@ -109,13 +109,13 @@ PROCESS = """
 import hashlib, json, sys
 import jax, numpy as np
 from gptjax import schedule, sharding
-from gptjax.data import loader, shards
+from gptjax.data import dataset, loader
 from gptjax.data.mixture import Mixture, Stage
 
 address, count, index, first, end, data, fsdp, folders = json.loads(sys.argv[1])
 if count > 1:
   jax.distributed.initialize(address, count, index)
-sources = {name: shards.open_split(folder, 'train') for name, folder in folders.items()}
+sources = {name: dataset.open_split(folder, 'train') for name, folder in folders.items()}
 stream = loader.Stream(sources, Mixture([Stage(0, {'a': 3, 'b': 1})]), seed=5)
 mesh = sharding.make_mesh(data, fsdp, 8 // (data * fsdp))
 ramp, microbatch = schedule.Ramp.linear(8, 32, 8, 64, 10**6), 8

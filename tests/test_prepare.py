@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from gptjax import prepare
-from gptjax.data import shards
+from gptjax.data import dataset
 from gptjax.errors import Mistake
 
 ROOT = pathlib.Path(prepare.__file__).parents[1]
@@ -81,7 +81,7 @@ def test_every_format_gives_the_same_corpus(tmp_path, folder, texts):
     out = tmp_path / 'out' / source.replace('/', '-')
     done = run(source=tmp_path / source, text_column='body', out=out)
     assert done.returncode == 0, done.stderr
-    corpora.append(shards.describe(out))
+    corpora.append(dataset.describe(out))
   assert len({c.digest for c in corpora}) == 1
   assert corpora[0].train.documents + corpora[0].validation.documents == len(texts)
 
@@ -96,7 +96,7 @@ def test_report_training_and_rerun(tmp_path, folder):
   )
   done = run(**knobs, workers=2)
   assert done.returncode == 0, done.stderr
-  corpus = shards.describe(tmp_path / 'out')
+  corpus = dataset.describe(tmp_path / 'out')
   told = {line[:28].strip(): line[28:].split() for line in done.stdout.splitlines()}
   for label, of in (
     ('documents', lambda s: f'{s.documents:,}'),
@@ -128,7 +128,7 @@ def test_report_training_and_rerun(tmp_path, folder):
 
   other = run(**(knobs | {'out': tmp_path / 'other', 'tokenizer': tmp_path / 'out'}))
   assert other.returncode == 0, other.stderr
-  assert shards.describe(tmp_path / 'other').tokenizer == corpus.tokenizer
+  assert dataset.describe(tmp_path / 'other').tokenizer == corpus.tokenizer
 
 
 def test_a_killed_run_leaves_nothing_that_looks_complete_and_runs_again(tmp_path):
@@ -146,7 +146,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_runs_again(tmp_path
   running.wait()
   assert not out.exists() and work.exists() and workers
   with pytest.raises(Mistake, match='unfinished preparation lies beside it'):
-    shards.describe(out)
+    dataset.describe(out)
   _, alive = psutil.wait_procs(workers, timeout=30)
   assert not alive  # no orphan waits for jobs for ever
   finished = {p.name[:-5] for p in (work / 'spool').glob('*.made')}
@@ -154,7 +154,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_runs_again(tmp_path
   done = run(**knobs)
   assert done.returncode == 0, done.stderr
   assert 'going on with the unfinished' in done.stdout
-  assert not work.exists() and shards.describe(out).train.windows > 0
+  assert not work.exists() and dataset.describe(out).train.windows > 0
   assert finished  # and they were not made again
   for name in finished:
     (file,) = out.glob(f'corpus-{name.replace("-", ".array_record-")}-of-*')
@@ -222,7 +222,7 @@ def test_interrupted_run_is_gone_on_with(tmp_path):
     assert running.poll() is None, 'ended before it could be interrupted'
     time.sleep(0.01)
   os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the workers too
-  _, told = running.communicate(timeout=60)
+  _, told = running.communicate(timeout=120)
   assert running.returncode == 130 and told.endswith('interrupted\n')
   assert os.listdir(tmp_path) == ['out.incomplete']
   assert run(**knobs).returncode == 0

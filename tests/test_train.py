@@ -17,7 +17,7 @@ from jax._src.array import ArrayImpl
 from configs import tiny
 from gptjax import checkpoint, metrics, schedule, sharding, train
 from gptjax.config import resolve
-from gptjax.data import corpora, loader, mixture, shards
+from gptjax.data import corpora, dataset, loader, mixture
 from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import Mistake
 from tests import small
@@ -72,7 +72,7 @@ def test_validation_is_the_mean_over_the_held_out_windows(straight, corpus):
   workdir, _ = straight
   state, _ = state_of(workdir)
   run = resolve(config(workdir, corpus, mesh__data=1), jax.devices()[:1])
-  windows = shards.open_split(corpus, 'validation')
+  windows = dataset.open_split(corpus, 'validation')
   rows = np.stack([windows[i] for i in range(min(20, len(windows)))])
   with small.on():
     total = jax.jit(run.program.eval_step)(state['params'], rows[None], len(rows))
@@ -300,13 +300,14 @@ runpy.run_module('gptjax.train', run_name='__main__')
 def test_a_full_disk_ends_a_run_plainly(corpus, tmp_path, run_python, most):
   command = ['-c', LIMITED, str(most), *args(tmp_path, corpus)[2:]]
   done = run_python(command, timeout=100, code=2)
-  assert done.stderr.splitlines()[-1].startswith('error: ')
-  assert 'room' in done.stderr.splitlines()[-1]
+  # Orbax's threads log what failed as well, before and after.
+  (told,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  assert 'room' in told and 'never retrieved' not in done.stderr
 
 
 def test_a_platform_that_is_not_there_is_told(run_python):
   command = ['-m', 'gptjax.train', '--config=configs/tiny.py']
-  done = run_python(command, timeout=60, code=2, env={'JAX_PLATFORMS': 'abacus'})
+  done = run_python(command, timeout=120, code=2, env={'JAX_PLATFORMS': 'abacus'})
   assert 'devices: got RuntimeError' in done.stderr and 'Traceback' not in done.stderr
 
 
@@ -360,11 +361,11 @@ def test_a_mixture_goes_on_through_a_change_of_its_weights(corpus, tmp_path, mon
     start(f'{corpus}=1,{other}=1', train_tokens=1024.0)
   start(f'{corpus}=1,{other}=1', train_tokens=2048.0, resume__accept_changes=True)
 
-  a, b = (shards.describe(folder).digest for folder in (corpus, other))
+  a, b = (dataset.describe(folder).digest for folder in (corpus, other))
   stages = [{'start': 0, 'weights': {a: 3, b: 1}}, {'start': 32, 'weights': {a: 1, b: 1}}]
   assert state_of(tmp_path / 'run')[1]['stages'] == stages
   mixed = Mixture([Stage(**stage) for stage in stages])
-  sources = {d: shards.open_split(f, 'train') for d, f in ((a, corpus), (b, other))}
+  sources = {d: dataset.open_split(f, 'train') for d, f in ((a, corpus), (b, other))}
   wanted = loader.Stream(sources, mixed, seed=0)
   assert fed == [(i, wanted[i].tobytes()) for i in range(64)]
   assert mixed.counts(64) == {a: 40, b: 24}
@@ -421,13 +422,13 @@ def test_commit_is_that_of_the_checkout(monkeypatch):
 
 def test_unknown_key_names_the_nearest(run_python):
   done = run_python(
-    ['-m', 'gptjax.train', '--config=configs/tiny.py', '--config.mesh.fdsp=2'], timeout=60, code=2
+    ['-m', 'gptjax.train', '--config=configs/tiny.py', '--config.mesh.fdsp=2'], timeout=120, code=2
   )
   assert 'mesh.fsdp' in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_config_of_another_program_is_told(run_python):
-  done = run_python(['-m', 'gptjax.train', '--config=configs/corpus.py'], timeout=60, code=2)
+  done = run_python(['-m', 'gptjax.train', '--config=configs/corpus.py'], timeout=120, code=2)
   assert 'wanted a training config' in done.stderr and 'Traceback' not in done.stderr
 
 
@@ -440,7 +441,7 @@ def test_interrupt_ends_without_a_traceback(corpus, tmp_path, start_python, reco
       break
     time.sleep(0.02)
   process.send_signal(signal.SIGINT)
-  _, told = process.communicate(timeout=60)
+  _, told = process.communicate(timeout=120)
   assert process.returncode == 130, told
   assert 'interrupted' in told and 'Traceback' not in told
   last = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=9).latest() or 0

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
-from gptjax.data import loader, mixture, shards
+from gptjax.data import dataset, loader, mixture
 from gptjax.errors import Mistake, mistake, raise_all
 from gptjax.sizes import Shape
 
@@ -14,11 +14,11 @@ from gptjax.sizes import Shape
 class Corpora:
   """Corpora by their names, that is the last parts of their folders' paths."""
 
-  by_name: Mapping[str, shards.Corpus]
+  by_name: Mapping[str, dataset.Corpus]
   weights: Mapping[str, float]  # by name; they sum to 1
 
   @property
-  def first(self) -> shards.Corpus:
+  def first(self) -> dataset.Corpus:
     """One of them: all have its context and its tokenizer."""
     return next(iter(self.by_name.values()))
 
@@ -37,18 +37,17 @@ class Corpora:
   def stream(self, mixed: mixture.Mixture, seed: int) -> loader.Stream:
     """The windows to train on."""
     windows = {
-      corpus.digest: shards.open_split(corpus.folder, shards.TRAIN)
+      corpus.digest: dataset.windows(corpus, dataset.TRAIN)
       for name, corpus in self.by_name.items()
       if self.weights[name]
     }
     return loader.Stream(windows, mixed, seed)
 
   @functools.cached_property
-  def held_out(self) -> dict[str, shards.Windows]:
+  def held_out(self) -> dict[str, dataset.Windows]:
     """The windows to validate on, by name."""
     return {
-      name: shards.open_split(corpus.folder, shards.VALIDATION)
-      for name, corpus in self.by_name.items()
+      name: dataset.windows(corpus, dataset.VALIDATION) for name, corpus in self.by_name.items()
     }
 
   def mean(self, values: Mapping[str, float]) -> float:
@@ -62,10 +61,7 @@ class Corpora:
 
   def bits_per_byte(self, nats: Mapping[str, float]) -> float:
     """Losses in nats per token of each as bits per byte of their mixed text."""
-    bytes_per_token = {
-      name: self.by_name[name].validation.bytes / self.by_name[name].validation.tokens
-      for name in nats
-    }
+    bytes_per_token = {name: self.by_name[name].validation.bytes_per_token for name in nats}
     return self.mean(nats) / math.log(2) / self.mean(bytes_per_token)
 
   def table(self, mixed: mixture.Mixture, total: int) -> list[str]:
@@ -88,7 +84,7 @@ def open_all(sources: str, shape: Shape) -> Corpora:
   by_name, mistakes = {}, []
   for folder in weights:
     try:
-      by_name[mixture.name_of(folder)] = corpus = shards.describe(folder)
+      by_name[mixture.name_of(folder)] = corpus = dataset.describe(folder)
       check(shape, corpus)
     except Mistake as e:
       mistakes.append(e)
@@ -100,7 +96,7 @@ def open_all(sources: str, shape: Shape) -> Corpora:
   return opened
 
 
-def check(shape: Shape, corpus: shards.Corpus) -> None:
+def check(shape: Shape, corpus: dataset.Corpus) -> None:
   """Raises if a corpus is not what a model was configured for."""
   mistakes = []
   context, vocab_size, folder = corpus.context, corpus.vocab_size, corpus.folder
@@ -115,7 +111,7 @@ def check(shape: Shape, corpus: shards.Corpus) -> None:
   raise_all(mistakes)
 
 
-def _unlike(opened: Corpora) -> Sequence[Mistake]:
+def _unlike(opened: Corpora) -> Iterator[Mistake]:
   seen = {}
   for corpus in opened.by_name.values():
     if corpus.tokenizer != opened.first.tokenizer:
