@@ -17,7 +17,9 @@ def get_config(name: str = 'gpt3') -> ConfigDict:
   if mixture not in MIXTURES:
     known = f'one of {" ".join(MIXTURES)}'
     raise mistake('mixture', mixture, known, 'configs/mixtures.py:gpt3')
-  c = gpt3.get_config(size or '125m')
+  size = size or '125m'
+  c = gpt3.get_config(size)
+  c.workdir = f'runs/mixture-{mixture}-{size}'
   sources = (f'data/{corpus}={weight}' for corpus, weight in MIXTURES[mixture].items())
   c.data.sources = ','.join(sources)
   return c

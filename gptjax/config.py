@@ -259,7 +259,7 @@ def _microbatch(config, mesh) -> int:
   microbatch = data * fsdp * rows
   if config.batch.sequences % microbatch:
     most = min(rows, config.batch.sequences)
-    fitting = [r for r in range(1, most) if config.batch.sequences % (data * fsdp * r) == 0]
+    fitting = [r for r in range(1, most + 1) if config.batch.sequences % (data * fsdp * r) == 0]
     also = f' or --config.compute.microbatch={fitting[-1]}' if fitting else ''
     raise mistake(
       'batch.sequences over data·fsdp·microbatch',

@@ -30,7 +30,10 @@ def main(config: ConfigDict) -> None:
   if not 0 <= config.seed < 2**32:
     raise mistake('seed', config.seed, 'from 0 to 4294967295', '--config.seed=0')
   if '://' in config.workdir or not (workdir / 'config.json').exists():
-    raise mistake('workdir', config.workdir, 'the workdir of a run', '--config.workdir=runs/tiny')
+    got = f'{config.workdir}, without a config.json'
+    raise mistake(
+      'workdir', got, 'the workdir of a run', 'training one, or --config.workdir=runs/…'
+    )
   with told_as(workdir / 'config.json', 'the config of a run', 'training on writes it', Exception):
     trained = ConfigDict(json.loads((workdir / 'config.json').read_text()))
   # One device is enough for one row, however many the run was trained on.

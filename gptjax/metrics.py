@@ -299,7 +299,13 @@ def _keep(path: pathlib.Path, resume_at: int) -> list[dict]:
   """Drops the records after `resume_at` from the file, or all for 0; returns the others."""
   if not path.exists():
     return []
-  kept = [r for r in _parse(path) if 0 < resume_at and r['sequences'] <= resume_at]
+  # The baseline of a stage that begins here is written again when it does.
+  again = {'kind': 'baseline', 'sequences': resume_at}.items()
+  kept = [
+    r
+    for r in _parse(path)
+    if 0 < resume_at and r['sequences'] <= resume_at and not again <= r.items()
+  ]
   lines = [json.dumps({name: _encode(value) for name, value in r.items()}) + '\n' for r in kept]
   files.write_whole(path, ''.join(lines))
   return kept

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +25,7 @@ from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 # A tokenizer is trained on the first training documents, in seeded order, up to this much text.
 TOKENIZER_BYTES = 10_000_000
+NOTE = 'asked.json'  # in the unfinished folder: what was asked for
 SPOOL = 'spool'  # in the unfinished folder: documents sorted into shards
 
 
@@ -70,8 +72,9 @@ class Recipe:
 
 def main(config: ConfigDict) -> None:
   """Prepares the corpus a config asks for and prints what it holds."""
-  if not config.out:
-    raise mistake('out', 'none', 'the folder to make', '--config.out=data/corpus')
+  if not config.out or re.search('^~|[=,]|://', config.out):
+    wanted = 'the local folder to make, without ~ before and = or , in its name'
+    raise mistake('out', config.out or 'none', wanted, '--config.out=data/corpus')
   if config.workers < 0:
     raise mistake('workers', config.workers, '0 (one per core) or more', '--config.workers=0')
   recipe = Recipe(
@@ -106,15 +109,15 @@ def prepare(
   skip = recipe.on_bad_text == 'skip'
   source = sources.find(recipe.source, recipe.text_column, recipe.tokenizer, skip)
   given = None if recipe.tokenizer == 'train' else _given_tokenizer(recipe.tokenizer)
-  target = pathlib.Path(out).absolute()
+  wanted, fix = 'a folder that can be made', 'more room or another --config.out'
+  with told_as(f'out {out!r}', wanted, fix, OSError, UnicodeError, RuntimeError):
+    out.encode()
+    target = pathlib.Path(out).resolve()  # a link cannot be replaced by a folder
+    there = target.exists() and not (target.is_dir() and not any(target.iterdir()))
   if not target.name:
     raise mistake('out', out, 'a folder to make', '--config.out=data/corpus')
-  with told_as('out', 'a name in UTF-8', '--config.out=data/corpus', UnicodeError):
-    out.encode()
   work = target.with_name(target.name + '.incomplete')
-  there = target.exists() and not (target.is_dir() and not any(target.iterdir()))
   memory = 'fewer --config.workers or more --config.shards'
-  wanted, fix = 'a folder that can be made', 'more room or another --config.out'
   with (
     told_as(f'out {out!r}', wanted, fix, OSError),
     told_as('a worker', 'memory for one shard a worker', memory, BrokenProcessPool),
@@ -122,23 +125,29 @@ def prepare(
   ):
     if not there:  # first, so that a place where nothing can be made costs no reading
       work.mkdir(parents=True, exist_ok=True)
+      if not (work / NOTE).exists() and any(work.iterdir()):
+        fix = 'moving it away, or another --config.out'
+        raise mistake(work, 'something else', 'unfinished work or nothing', fix)
     try:
-      asked = _asked(recipe, source, given, run)
+      digests = _hashed(source, run)
+      asked = _asked(recipe, given, digests)
       if there:
         _refuse_unlike(out, asked)
         return dataset.describe(out), False
-      _take_over(work, asked)
+      # Parts are dealt in the order of files' names, which may be others now.
+      _take_over(work, asked | {'order': digests})
       _make(recipe, source, given, asked, str(work), run)
     except Mistake:  # another recipe or other files are needed
       shutil.rmtree(work, ignore_errors=True)
       raise
     work.rename(target)
+    os.remove(target / NOTE)  # last, so that until all is there nothing is missing for going on
   return dataset.describe(out), True
 
 
 def _take_over(work: pathlib.Path, asked: dict[str, object]) -> None:
   """Empties a folder of unfinished work unless the same was asked for."""
-  note = work / 'asked.json'
+  note = work / NOTE
   text = json.dumps(asked | {'format': dataset.FORMAT}, sort_keys=True)
   if not note.exists() or note.read_text() != text:
     shutil.rmtree(work)
@@ -213,9 +222,7 @@ def _make(
   ]
   made = list(run('packing', shards.make_shard, jobs))
   shards.finish(work, made, context=recipe.context, seed=recipe.seed, skipped=skipped, asked=asked)
-  # Last, so that until all is there nothing is missing for going on.
   shutil.rmtree(spooled)
-  os.remove(os.path.join(work, 'asked.json'))
 
 
 def _sample(spooled: str, count: int, most: int) -> Iterator[str]:
@@ -232,14 +239,18 @@ def _given_tokenizer(tokenizer: str) -> tokenizers.Tokenizer:
   return tokenizers.Bytes() if tokenizer == 'bytes' else tokenizers.load(tokenizer)
 
 
+def _hashed(source: sources.Source, run: Run) -> list[str]:
+  """Hashes of the files, in the order of their parts."""
+  return [d for ds in run('hashing', reading.hash_files, reading.deal(source.files)) for d in ds]
+
+
 def _asked(
-  recipe: Recipe, source: sources.Source, given: tokenizers.Tokenizer | None, run: Run
+  recipe: Recipe, given: tokenizers.Tokenizer | None, digests: list[str]
 ) -> dict[str, object]:
   """All that decides the corpus's bytes: the recipe, and what the files hold."""
-  digests = [d for ds in run('hashing', reading.hash_files, reading.deal(source.files)) for d in ds]
   asked = dataclasses.asdict(recipe) | {
     'tokenizer': given.identity if given else 'train',
-    'files': hashlib.sha256(''.join(sorted(digests)).encode()).hexdigest(),
+    'files': f'{len(digests)} ({hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()})',
   }
   del asked['source']  # the same files may lie elsewhere
   if given:

@@ -47,13 +47,17 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
   if not os.access(workdir, os.W_OK):
     raise PermissionError('not writable')
   reached = metrics.reached(workdir)
-  settings = checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity})
   saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
   with contextlib.closing(saved_in) as checkpoints, told_from_where(checkpoints):
     start, taken, starts, stages, changed = checkpoints.latest() or 0, 0, [], [], []
+    names = {}
+    known = lambda: checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity(names)})
+    settings = known()
     if start:
       with checkpoints.damage_told(start):
         saved = checkpoints.record(start)
+        names = dict(saved['names'])
+        settings = known()
         changed = checkpoint.changes(saved['settings'], settings, config.resume.accept_changes)
         taken, starts = operator.index(saved['step']), [*saved['starts']]
         stages = [Stage(**stage) for stage in saved['stages']]
@@ -77,6 +81,7 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
       'settings': settings,
       'starts': starts,
       'stages': [dataclasses.asdict(stage) for stage in stages],
+      'names': corpora.names | names,
     }
     mesh = sharding.make_mesh(**run.mesh)
     with jax.set_mesh(mesh):
@@ -97,10 +102,10 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
           run.ramp.total, start, run.program.shape.context, enabled=config.log.progress
         ) as bar,
       ):
-        if not start:
-          zero = {'step': 0, 'sequences': 0, 'tokens': 0}
-          baseline = corpora.mean(corpora.unigram_nats)
-          writer.write({'kind': 'baseline', 'loss': baseline} | zero)
+        if stages[-1].start == start:
+          at = {'step': taken, 'sequences': start, 'tokens': start * run.program.shape.context}
+          baseline = {'kind': 'baseline', 'loss': corpora.mean(corpora.unigram_nats)} | at
+          writer.write(baseline)
         trainer = Trainer(run, corpora, mixed, mesh, writer, bar, workdir)
         clock = lambda step: {'sequences': step.end, 'step': step.number}
         save = lambda step, state: checkpoints.save(step.end, state, record | clock(step))
@@ -114,8 +119,9 @@ def told_from_where(checkpoints: checkpoint.Checkpoints) -> Iterator[None]:
   try:
     yield
   except KeyboardInterrupt:
-    told = f'stopped; the same command goes on from sequence {checkpoints.wait() or 0:,}'
-    print(told, file=sys.stderr, flush=True)
+    saved = checkpoints.wait()
+    where = f'the last checkpoint, sequence {saved:,}' if saved else 'the start: none was saved yet'
+    print(f'stopped; the same command goes on from {where}', file=sys.stderr, flush=True)
     raise
 
 
@@ -300,7 +306,7 @@ def describe(run: Run, corpora: Corpora, mixed: Mixture, start: int, taken: int)
     'length': f'{ramp.total * shape.context:,} tokens = {ramp.total:,} sequences, '
     f'{taken + len(steps):,} steps',
     'batch': f'{ramped} sequences in {rungs}, in slices of {run.microbatch}; '
-    f'{surplus / computed:.2%} of rows computed are surplus of the ramp',
+    f'{surplus / computed:.2%} of rows computed only fill up slices',
     'mesh': ' · '.join(f'{axis} {size}' for axis, size in run.mesh.items())
     + f' on {jax.devices()[0].device_kind}',
     'compute': f'{numerics.dtype.name}, remat {numerics.remat}, '
@@ -309,8 +315,10 @@ def describe(run: Run, corpora: Corpora, mixed: Mixture, start: int, taken: int)
   if start < ramp.total:
     lines['start'] = f'sequence {start:,}, step {steps.start:,}' if start else 'from scratch'
   if mixed.stages[1:]:
-    of = f'{len(mixed.stages)}, from sequence {mixed.stages[-1].start:,} on'
-    lines['stage'] = f'{of}: its sources or their weights are others than before'
+    since = mixed.stages[-1].start
+    lines['stage'] = f'{len(mixed.stages)} of the mixture, from sequence {since:,} on' + (
+      ': its sources or their weights are others than before' * (since == start)
+    )
   if run.profile:
     traced = range(max(run.profile.start, steps.start), min(run.profile.stop, steps.stop))
     none = f'no step: they are {steps.start:,} … {steps.stop - 1:,}'

@@ -127,7 +127,7 @@ SETTINGS = {
   'lr.peak': 1e-3,
   'compute.microbatch': 2,
   'corpus.tokenizer': 'abc',
-  'corpus.sources.abc': 'def',
+  'corpus.sources': 'def',
 }
 
 
@@ -137,11 +137,11 @@ def test_knobs_of_the_machine_change_freely():
 
 
 def test_recipe_changes_only_if_asked_for_and_is_told():
-  now = SETTINGS | {'lr.peak': 2e-3, 'model.dropout': 0.1, 'corpus.sources.abc': 'ghi'}
+  now = SETTINGS | {'lr.peak': 2e-3, 'model.dropout': 0.1, 'corpus.sources': 'ghi'}
   with pytest.raises(Mistake) as e:
     checkpoint.changes(SETTINGS, now, accept=False)
   assert '3 mistakes' in str(e.value) and '--config.resume.accept_changes' in str(e.value)
-  for name in ('lr.peak: got 0.002, wanted 0.001', 'model.dropout', 'corpus.sources.abc'):
+  for name in ('lr.peak: got 0.002, wanted 0.001', 'model.dropout', 'corpus.sources'):
     assert name in str(e.value)
   accepted = checkpoint.changes(SETTINGS, now, accept=True)
   assert {'setting': 'lr.peak', 'before': 1e-3, 'after': 2e-3} in accepted and len(accepted) == 3
@@ -150,7 +150,7 @@ def test_recipe_changes_only_if_asked_for_and_is_told():
 NEVER = (
   'seed model.d_model model.pattern model.window model.context corpus.tokenizer corpus.context'
 )
-RECIPE = 'model.dropout corpus.sources.abc lr.peak batch.sequences adamw.eps train_tokens'
+RECIPE = 'model.dropout corpus.sources lr.peak batch.sequences adamw.eps train_tokens'
 FREE = 'workdir mesh.fsdp compute.dtype data.sources data.prefetch save.keep eval.sequences profile'
 
 

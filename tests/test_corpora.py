@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 
@@ -28,7 +29,11 @@ def test_shares_are_of_contents_wherever_they_lie(corpus, more, tmp_path):
   opened = corpora.open_all(f'{corpus}=3,{more}', SHAPE)
   assert opened.stage == {dataset.describe(corpus).digest: 3, dataset.describe(more).digest: 1}
   elsewhere = renamed(corpus, 'elsewhere', tmp_path)
-  assert corpora.open_all(f'{more}=0.5,{elsewhere}=1.5', SHAPE).identity == opened.identity
+  same = corpora.open_all(f'{more}=0.5,{elsewhere}=1.5', SHAPE)
+  assert same.stage == opened.stage
+  # Told by the names that they had.
+  assert same.identity(opened.names) == opened.identity({}) != same.identity({})
+  assert re.fullmatch(r'more 1/4 \([\da-f]{16}\), prepared 3/4 .*', opened.identity({})['sources'])
 
 
 def test_a_source_of_weight_0_is_only_validated(corpus, more, tmp_path):
@@ -66,6 +71,25 @@ def test_corpora_of_different_tokenizers_are_refused(corpus, tmp_path):
   )
   told = [str(m) for m in corpora._unlike(opened)]
   assert len(told) == 1 and f'preparing it with --config.tokenizer={corpus}' in told[0]
+
+
+@pytest.mark.parametrize('knobs', [{'seed': 1}, {'validation_fraction': 0.2}])
+def test_corpora_that_hold_out_otherwise_are_refused(corpus, tmp_path, knobs):
+  """The same documents in both would be held out of one and trained on in the other."""
+  other = renamed(make_corpus(tmp_path / 'x', **knobs), 'other', tmp_path)
+  with pytest.raises(Mistake, match='what is held out of .*other: got chosen by seed'):
+    corpora.open_all(f'{corpus},{other}', SHAPE)
+
+
+def test_shares_are_exact_whatever_the_weights(corpus, more, tmp_path):
+  more = renamed(more, 'more', tmp_path)
+  stage = lambda *weights: [
+    *corpora.open_all(f'{corpus}={weights[0]},{more}={weights[1]}', SHAPE).stage.values()
+  ]
+  assert sorted(stage(60, 41)) == [41, 60]
+  assert sorted(stage(0.1, 0.3)) == [1, 3]
+  assert stage(1e308, 1e308) == [1, 1]
+  assert corpora.open_all(f'{corpus}=1e308,{more}=1e308', SHAPE).weights[more[-4:]] == 0.5
 
 
 def test_the_same_corpus_twice_is_refused(corpus, tmp_path):

@@ -118,7 +118,7 @@ def test_temperature_and_seed_reach_the_sample(straight, capsys):
 @pytest.mark.parametrize(
   'knobs, told',
   [
-    ({'workdir': 'nowhere'}, 'workdir: got nowhere, wanted the workdir of a run'),
+    ({'workdir': 'nowhere'}, 'workdir: got nowhere, without .*, wanted the workdir of a run'),
     ({'temperature': -1.0}, 'temperature -1.0'),
     ({'temperature': math.nan}, 'temperature nan'),
     ({'temperature': math.inf}, 'temperature inf'),

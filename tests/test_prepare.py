@@ -1,12 +1,15 @@
 """The entry as a user runs it: real processes, small corpora, every mistake with its message."""
 
 import argparse
+import contextlib
+import dataclasses
 import gzip
 import json
 import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +22,10 @@ import pytest
 import zstandard
 
 from gptjax import prepare
-from gptjax.data import dataset
+from gptjax.data import dataset, engines
 from gptjax.errors import Mistake
+from gptjax.prepare import Recipe
+from tests.test_sources import json_lines
 
 ROOT = pathlib.Path(prepare.__file__).parents[1]
 # Small and quick unless a test says otherwise.
@@ -50,7 +55,7 @@ def refused(**knobs):
   done = run(**knobs)
   assert done.returncode == 2, done.stderr
   assert done.stderr.startswith('error: ') and 'Traceback' not in done.stderr
-  assert not pathlib.Path(f'{knobs.get("out")}.incomplete').exists()
+  assert not os.path.exists(f'{knobs.get("out")}.incomplete')
   return done.stderr
 
 
@@ -229,6 +234,61 @@ def test_interrupted_run_is_gone_on_with(tmp_path):
   assert os.listdir(tmp_path) == ['out']
 
 
+def test_a_part_is_gone_on_with_only_while_the_files_are_dealt_alike(tmp_path, folder):
+  """The same files under names in another order: parts that were read are not what they were."""
+  recipe = Recipe(str(folder), 'text', 32, 'bytes', 1, 0, 0.2, 2, 'raise')
+  engine = lambda: engines.processes(1)
+  want, _ = prepare.prepare(recipe, str(tmp_path / 'straight'), engine())
+
+  class Stopped(BaseException):
+    pass
+
+  @contextlib.contextmanager
+  def dies_after_reading():
+    with engine() as run:
+
+      def dying(name, job, parts):
+        if name == 'packing':
+          raise Stopped
+        return run(name, job, parts[: len(parts) // 2] if name == 'reading' else parts)
+
+      yield dying
+
+  with pytest.raises(Stopped):
+    prepare.prepare(recipe, str(tmp_path / 'out'), dies_after_reading())
+  other = tmp_path / 'other'
+  other.mkdir()
+  files = sorted(folder.iterdir())
+  for i, file in enumerate(files):
+    shutil.copy(file, other / f'{len(files) - i:05d}.txt')
+  recipe = dataclasses.replace(recipe, source=str(other))
+  got, _ = prepare.prepare(recipe, str(tmp_path / 'out'), engine())
+  assert got.digest == want.digest and got.train.documents == want.train.documents
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path, folder):
+  mine = tmp_path / 'out.incomplete'
+  mine.mkdir()
+  (mine / 'thesis.txt').write_text('years of work')
+  done = run(source=folder, out=tmp_path / 'out')
+  assert done.returncode == 2 and 'wanted unfinished work or nothing' in done.stderr
+  assert os.listdir(mine) == ['thesis.txt']
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'link').symlink_to(tmp_path / 'empty')
+  assert run(source=folder, out=tmp_path / 'link').returncode == 0
+  assert dataset.describe(tmp_path / 'empty').train.windows > 0
+
+
+def test_the_same_bytes_read_otherwise_are_another_corpus(tmp_path, folder, texts):
+  for suffix in ('jsonl', 'txt'):
+    (tmp_path / suffix).mkdir()
+    for i in range(9):
+      lines = json_lines(texts[i::9])
+      (tmp_path / suffix / f'{i}.{suffix}').write_text(lines)
+  assert run(source=tmp_path / 'jsonl', out=tmp_path / 'out').returncode == 0
+  assert 'made differently (files' in refused(source=tmp_path / 'txt', out=tmp_path / 'out')
+
+
 def test_out_that_holds_something_else(tmp_path, folder):
   (tmp_path / 'out').mkdir()
   assert run(source=folder, out=tmp_path / 'out').returncode == 0  # empty: welcome
@@ -261,6 +321,9 @@ def test_wrong_knobs_are_told_together(tmp_path, folder):
     ({'sorce': 'x'}, '--config.sorce: got an unknown key.*try --config.source'),
     ({'context': 'long'}, '--config.context=long: got .* wanted int'),
     ({'out': ''}, 'out: got none'),
+    ({'out': 'a=b'}, 'out: got a=b, wanted the local folder to make'),
+    ({'out': 'gs://b/c'}, 'out: got gs://b/c, wanted the local folder'),
+    ({'out': f'{"x" * 300}/out'}, 'out .*: got OSError'),
     ({'out': '/'}, 'out: got /, wanted a folder to make'),
     ({'out': '.'}, 'which holds something else'),
     ({'out': 'good.jsonl/out'}, "out 'good.jsonl/out': got NotADirectoryError"),

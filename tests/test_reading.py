@@ -1,6 +1,6 @@
 """Files become documents in the spool once, however often a preparation is started."""
 
-import hashlib
+import shutil
 
 import pytest
 from hypothesis import given
@@ -21,8 +21,13 @@ def test_hashes_are_of_what_the_files_hold(tmp_path):
   for name, data in (('a', b'one'), ('b', b'')):
     (tmp_path / name).write_bytes(data)
   names = (str(tmp_path / 'a'), str(tmp_path / 'b'))
-  wanted = [hashlib.sha256(data).hexdigest() for data in (b'one', b'')]
-  assert reading.hash_files(names) == wanted
+  one, empty = reading.hash_files(names)
+  assert one != empty
+  shutil.copy(tmp_path / 'a', tmp_path / 'c')
+  # Where a file lies does not matter, and how it is read does.
+  assert reading.hash_files((str(tmp_path / 'c'),)) == [one]
+  shutil.copy(tmp_path / 'a', tmp_path / 'c.jsonl')
+  assert reading.hash_files((str(tmp_path / 'c.jsonl'),)) != [one]
   with pytest.raises(Mistake, match='nowhere'):
     reading.hash_files((*names, str(tmp_path / 'nowhere')))
 

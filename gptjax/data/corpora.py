@@ -15,24 +15,36 @@ class Corpora:
   """Corpora by their names, that is the last parts of their folders' paths."""
 
   by_name: Mapping[str, dataset.Corpus]
-  weights: Mapping[str, float]  # by name; they sum to 1
+  given: Mapping[str, float]  # weights by name, as they were asked for
 
   @property
   def first(self) -> dataset.Corpus:
     """One of them: all have its context and its tokenizer."""
     return next(iter(self.by_name.values()))
 
+  @functools.cached_property
+  def weights(self) -> dict[str, float]:
+    """By name; they sum to 1."""
+    shares = mixture.shares(self.given)
+    return {name: shares.get(name, 0) / sum(shares.values()) for name in self.by_name}
+
   @property
   def stage(self) -> dict[str, int]:
     """Their shares of the stream, each by the hash of its contents: a folder may move."""
-    digests = {corpus.digest: self.weights[name] for name, corpus in self.by_name.items()}
+    digests = {corpus.digest: self.given[name] for name, corpus in self.by_name.items()}
     return mixture.shares(digests)
 
   @property
-  def identity(self) -> dict:
-    """What a checkpoint knows of them."""
-    first = self.first
-    return {'tokenizer': first.tokenizer, 'context': first.context, 'sources': self.stage}
+  def names(self) -> dict[str, str]:
+    """By the hash of their contents."""
+    return {corpus.digest: name for name, corpus in self.by_name.items()}
+
+  def identity(self, names: Mapping[str, str]) -> dict:
+    """What a checkpoint knows of them, their shares with the names that they had before."""
+    total = sum(self.stage.values())
+    shares = sorted((names.get(d, self.names[d]), n, d) for d, n in self.stage.items())
+    told = ', '.join(f'{name} {n}/{total} ({digest[:16]})' for name, n, digest in shares)
+    return {'tokenizer': self.first.tokenizer, 'context': self.first.context, 'sources': told}
 
   def stream(self, mixed: mixture.Mixture, seed: int) -> loader.Stream:
     """The windows to train on."""
@@ -69,7 +81,7 @@ class Corpora:
     seen = mixed.counts(total)
     return [
       f'{corpus.folder}: {self.weights[name]:.2%} of the stream, {corpus.train.windows:,} windows, '
-      f'{seen.get(corpus.digest, 0) / corpus.train.windows:.2f} epochs'
+      f'{seen.get(corpus.digest, 0) / corpus.train.windows:,.2f} epochs'
       for name, corpus in self.by_name.items()
     ]
 
@@ -89,9 +101,7 @@ def open_all(sources: str, shape: Shape) -> Corpora:
     except Mistake as e:
       mistakes.append(e)
   raise_all(mistakes)
-  total = sum(weights.values())
-  shares = {mixture.name_of(folder): weight / total for folder, weight in weights.items()}
-  opened = Corpora(by_name, shares)
+  opened = Corpora(by_name, {mixture.name_of(folder): w for folder, w in weights.items()})
   raise_all([*_unlike(opened)])
   return opened
 
@@ -120,6 +130,15 @@ def _unlike(opened: Corpora) -> Iterator[Mistake]:
         corpus.tokenizer[:12],
         f'{opened.first.tokenizer[:12]}, as that of {opened.first.folder}',
         f'preparing it with --config.tokenizer={opened.first.folder}',
+      )
+    # A document that lies in both would be held out of one and trained on in the other.
+    held_out = lambda c: f'seed {c.seed} and validation_fraction {c.validation_fraction}'
+    if held_out(corpus) != held_out(opened.first):
+      yield mistake(
+        f'what is held out of {corpus.folder}',
+        f'chosen by {held_out(corpus)}',
+        f'{held_out(opened.first)}, as for {opened.first.folder}',
+        'preparing it with those',
       )
     if corpus.digest in seen:
       got = f'the same windows as {seen[corpus.digest]}'

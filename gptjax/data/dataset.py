@@ -46,6 +46,7 @@ class Corpus:
   vocab_size: int
   end_of_text: int
   seed: int
+  validation_fraction: float
   digest: str  # SHA-256 (hex) of all windows, in order
   train: Split
   validation: Split
@@ -77,7 +78,7 @@ def write(
   name. `asked` is what the corpus was made from, for `unlike`.
   """
   about = dataclasses.asdict(corpus)
-  del about['folder']  # a corpus may be moved
+  del about['folder'], about['validation_fraction']  # a corpus may be moved; the other is in asked
   template = tfds.core.ShardedFileTemplate(
     data_dir=epath.Path(out), dataset_name='corpus', filetype_suffix='array_record'
   )
@@ -111,7 +112,8 @@ def describe(folder: str) -> Corpus:
     raise_all(list(_damage(folder, metadata['files'])))
     about = metadata['corpus']
     splits = {split: Split(**about[split]) for split in (TRAIN, VALIDATION)}
-    corpus = Corpus(**about | splits | {'folder': str(folder)})
+    held_out = {'validation_fraction': metadata['asked']['validation_fraction']}
+    corpus = Corpus(**about | splits | held_out | {'folder': str(folder)})
     if metadata['format'] != FORMAT or not metadata['files'] or not corpus.validation.bytes > 0:
       raise ValueError(f'format {metadata["format"]}, {len(metadata["files"])} files')
     tokenizer = tokenizers.load(folder)
@@ -199,6 +201,9 @@ def bits_per_byte(nats: float, split: Split) -> float:
 
 def _metadata(folder: str) -> dict:
   path = epath.Path(folder)
+  if '://' in str(folder):
+    fix = 'copying it here, or mounting the bucket'
+    raise mistake('corpus', repr(folder), 'a local folder: its shards are read at random', fix)
   if not path.exists():
     state = 'does not exist'
     if epath.Path(f'{str(path).rstrip("/")}.incomplete').exists():
@@ -212,6 +217,8 @@ def _metadata(folder: str) -> dict:
       return metadata
     state = 'is a dataset gptjax.prepare did not make'
   fix = 'running gptjax.prepare with this folder as --config.out'
+  if path.exists() and not (path / _METADATA).exists():
+    fix = 'gptjax.prepare with --config.source=this folder, and what it makes'
   raise mistake('corpus', f'{folder!r}, which {state}', 'a prepared corpus', fix)
 
 

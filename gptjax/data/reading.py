@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 import json
 import pathlib
 
@@ -11,12 +10,8 @@ from gptjax.data import shards, sources, spool
 
 
 def hash_files(files: tuple[str, ...]) -> list[str]:
-  """SHA-256 (hex) of each file."""
-  hashes = []
-  for file in files:
-    with sources.raw(file) as f:
-      hashes.append(hashlib.file_digest(f, 'sha256').hexdigest())
-  return hashes
+  """Of each file, what decides its documents."""
+  return [sources.hash_file(file) for file in files]
 
 
 @dataclasses.dataclass(frozen=True)

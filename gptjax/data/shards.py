@@ -220,6 +220,7 @@ def finish(
     vocab_size=tokenizer.vocab_size,
     end_of_text=tokenizer.end_of_text,
     seed=seed,
+    validation_fraction=asked['validation_fraction'],
     digest=_digest(made),
     train=holds[TRAIN],
     validation=holds[VALIDATION],
@@ -249,11 +250,12 @@ def _digest(made: Sequence[Made]) -> str:
 
 def _no_windows(split: str, holds: Mapping[str, Split], context: int) -> Mistake:
   documents = sum(h.documents for h in holds.values())
+  fewer = ', a smaller --config.context or fewer --config.shards' * bool(holds[split].documents)
   return mistake(
     f'{split} split',
     f'no window of {context} tokens: {holds[split].tokens} tokens in '
     f'{holds[split].documents} of the {documents} documents',
     'one at least',
-    'more documents (a file of .txt is one, so cut it into several), a smaller --config.context, '
-    'fewer --config.shards or another --config.validation_fraction',
+    'more documents (a file of .txt is one, so cut it into several), another '
+    '--config.validation_fraction' + fewer,
   )

@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 import glob
 import gzip
+import hashlib
 import io
 import json
+import os
 import re
 import sysconfig
 import zlib
@@ -26,7 +28,8 @@ from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 STDLIB = 'stdlib'
 # In a folder only these are read; a glob or a file's own name may ask for any other text file.
-SUFFIXES = ('.txt', '.jsonl', '.parquet')
+SUFFIXES = ('.txt', '.jsonl', '.ndjson', '.parquet')
+JSON_LINES = ('.jsonl', '.ndjson', '.json')
 PACKINGS = ('', '.gz', '.zst')
 ARRAY_RECORD = '.array_record'  # in the name of each shard of a TFDS dataset
 READABLE = 'a readable file', 'fetching it again'
@@ -59,7 +62,9 @@ def find(source: str, text_column: str, tokenizer: str, skip_bad_text: bool) -> 
   files, left_out, mistakes = set(), collections.Counter(), []
   for place in filter(None, map(str.strip, source.split(','))):
     try:
-      with told_as(place, 'a place that can be read', 'installing what it asks for', ImportError):
+      wanted, fix = 'a place that can be read', 'installing what it asks for, or another place'
+      # KeyError: epath's for a scheme that it does not know.
+      with told_as(place, wanted, fix, ImportError, OSError, KeyError):
         found, others = _find_stdlib() if place == STDLIB else _find_files(place)
       if not found:
         raise mistake(
@@ -67,7 +72,7 @@ def find(source: str, text_column: str, tokenizer: str, skip_bad_text: bool) -> 
           f'{place!r} without a file to read{_reasons(others)}',
           'a folder with .txt, .jsonl or .parquet files (or .gz, .zst of the first two), '
           "Megatron's .bin and .idx or a TFDS dataset in array_record, a glob, a file, or stdlib",
-          "a glob such as 'folder/**/*.md' for text files of another kind",
+          "a glob such as 'folder/**/*.md' for other text, or '*.json.gz' for other JSON lines",
         )
       files.update(found)
       left_out.update(others)
@@ -77,6 +82,10 @@ def find(source: str, text_column: str, tokenizer: str, skip_bad_text: bool) -> 
     got = f'{tokenizer!r} and files of tokens'
     wanted = 'the tokenizer that made them'
     mistakes.append(mistake('tokenizer', got, wanted, '--config.tokenizer=folder-of-it'))
+  for index in filter(token_files.is_index, files):
+    if token_files.tokens_of(index) not in files:
+      got = 'an index without its tokens'
+      mistakes.append(mistake(index, got, 'the .bin beside it', 'the folder that has both'))
   raise_all(mistakes)
   reasons = tuple(sorted(left_out.items()))
   return Source(tuple(sorted(files)), text_column, tokenizer, skip_bad_text, reasons)
@@ -104,9 +113,7 @@ def read(source: Source, file: str, skipped: collections.Counter[str]) -> Iterat
     except (_BadText, UnicodeError) as e:
       reason, detail = e.args if isinstance(e, _BadText) else ('not UTF-8', str(e))
       if not skip_bad_text:
-        raise mistake(
-          name, f'{reason} ({detail})', 'UTF-8 text', 'to mend it, or --config.on_bad_text=skip'
-        ) from e
+        raise mistake(name, f'{reason} ({detail})', *_MENDED.get(reason, _MENDED[''])) from e
       skipped[reason] += 1
       continue
     if text:
@@ -115,13 +122,32 @@ def read(source: Source, file: str, skipped: collections.Counter[str]) -> Iterat
       skipped['empty'] += 1
 
 
+def hash_file(file: str) -> str:
+  """SHA-256 (hex) of all that decides which documents a file has."""
+  kind = _reader(file)
+  digest = hashlib.sha256(kind.__name__.encode())
+  beside = {
+    _read_tokens: [token_files.index_of(file)],
+    _read_tfds: [str(epath.Path(file).parent / 'features.json')],
+  }
+  for path in [file, *(p for p in beside.get(kind, []) if epath.Path(p).exists())]:
+    with raw(path) as f:
+      digest.update(hashlib.file_digest(f, 'sha256').digest())
+  return digest.hexdigest()
+
+
 def _reader(file: str) -> Callable[[Source, str], Iterator[tuple[str, Any]]]:
   if ARRAY_RECORD in epath.Path(file).name:
     return _read_tfds
   if file.endswith(('.bin', '.idx')):
     return _read_tokens
-  kind = next((k for k in SUFFIXES if any(file.endswith(k + p) for p in PACKINGS)), '.txt')
-  return {'.txt': _read_text, '.jsonl': _read_json_lines, '.parquet': _read_parquet}[kind]
+  if _is(file, JSON_LINES):
+    return _read_json_lines
+  return _read_parquet if _is(file, ('.parquet',)) else _read_text
+
+
+def _is(file: str, suffixes: tuple[str, ...]) -> bool:
+  return file.lower().endswith(tuple(s + packing for s in suffixes for packing in PACKINGS))
 
 
 @contextlib.contextmanager
@@ -129,6 +155,13 @@ def raw(file: str) -> Iterator[BinaryIO]:
   """A file's bytes as they lie. Raises Mistake if it cannot be read."""
   with told_as(file, *READABLE, OSError), epath.Path(file).open('rb') as f:
     yield f
+
+
+_MENDED = {
+  'no text column': ('it', 'another --config.text_column, or --config.on_bad_text=skip'),
+  'bad JSON': ('a JSON object a line', 'to mend it, or --config.on_bad_text=skip'),
+  '': ('UTF-8 text', 'to mend it, or --config.on_bad_text=skip'),
+}
 
 
 class _BadText(Exception):
@@ -142,7 +175,7 @@ def _stdlib() -> epath.Path:
 def _find_stdlib() -> tuple[list[str], collections.Counter[str]]:
   root = _stdlib()
   files, left_out = [], collections.Counter()
-  for path in _walk(root):
+  for path in _walk(root, set()):
     folders = set(path.relative_to(root).parts[:-1])
     if folders & {'site-packages', 'dist-packages'} or path.suffix != '.py':
       continue  # installed beside the library, or not source
@@ -158,19 +191,23 @@ def _find_files(source: str) -> tuple[list[str], collections.Counter[str]]:
   path, left_out = epath.Path(source), collections.Counter()
   if path.is_dir():
     files = []
-    dataset = (path / 'dataset_info.json').exists()
-    for p in _walk(path):
+    # Others write a dataset_info.json too.
+    dataset = all((path / name).exists() for name in ('dataset_info.json', 'features.json'))
+    for p in _walk(path, set()):
       # A lone .bin may be anything: nanoGPT's wants to be named.
       pair = p.suffix in ('.bin', '.idx') and all(
         p.with_suffix(suffix).exists() for suffix in ('.bin', '.idx')
       )
-      text = any(p.name.endswith(k + packing) for k in SUFFIXES for packing in PACKINGS)
-      if ARRAY_RECORD in p.name if dataset else pair or text:
+      if not _is_file(p):
+        left_out['not a file'] += 1
+      elif ARRAY_RECORD in p.name if dataset else pair or _is(p.name, SUFFIXES):
         files.append(str(p))
       else:
         left_out['another kind of file'] += 1
     return files, left_out
   if path.exists():
+    if not _is_file(path):
+      raise mistake('corpus', f'{source!r}, which is no file', 'a file', 'another --config.source')
     return [str(path)], left_out
   if not re.search(r'[*?[]', source):
     raise mistake(
@@ -179,7 +216,12 @@ def _find_files(source: str) -> tuple[list[str], collections.Counter[str]]:
       'a folder, a glob, a file or stdlib',
       'another --config.source',
     )
-  return [p for p in _glob(source) if not epath.Path(p).is_dir()], left_out
+  return [p for p in _glob(source) if _is_file(epath.Path(p))], left_out
+
+
+def _is_file(path: epath.Path) -> bool:
+  # epath takes a pipe for one, which would be waited for.
+  return path.is_file() and ('://' in str(path) or os.path.isfile(path))
 
 
 def _glob(pattern: str) -> list[str]:
@@ -191,10 +233,18 @@ def _glob(pattern: str) -> list[str]:
   return [str(path) for path in epath.Path(root).glob(rest)]
 
 
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-  for path in folder.iterdir():
+def _walk(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
+  """All in a folder and those in it, each folder once however many links lead to it."""
+  if '://' in str(folder):
+    paths = folder.iterdir()
+  else:  # epath leaves out names that end in ~
+    paths = (folder / name for name in sorted(os.listdir(folder)))
+    if (real := os.path.realpath(folder)) in seen:
+      return
+    seen.add(real)
+  for path in paths:
     if path.is_dir():
-      yield from _walk(path)
+      yield from _walk(path, seen)
     elif path.exists():  # not a dangling link
       yield path
 
@@ -215,7 +265,7 @@ def _read_json_lines(source: Source, file: str) -> Iterator[tuple[str, Any]]:
         continue
       name = f'{file}:{number}'
       try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode('utf-8-sig' if number == 1 else 'utf-8'))
         if not isinstance(row, dict):
           raise _BadText('not a JSON object', f'a {type(row).__name__}')
         if source.text_column not in row:
@@ -252,7 +302,7 @@ def _read_parquet(source: Source, file: str) -> Iterator[tuple[str, Any]]:
 
 def _read_tfds(source: Source, file: str) -> Iterator[tuple[str, Any]]:
   wanted, fix = 'a TFDS dataset in array_record', 'another --config.source'
-  with told_as(file, wanted, fix, OSError, RuntimeError, ValueError):
+  with told_as(file, wanted, fix, Exception):
     features = tfds.features.FeaturesDict.from_config(str(epath.Path(file).parent))
     if source.text_column not in features:
       detail = _no_column(source.text_column, features.keys())
@@ -303,7 +353,8 @@ class _Zstandard(io.RawIOBase):
 
   def __init__(self, packed: BinaryIO):
     self._packed, self._error = packed, zstandard.ZstdError
-    self._new_frame = zstandard.ZstdDecompressor().decompressobj
+    # The format's own limit, 2 GB, and not the library's.
+    self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
     self._frame, self._ready = None, memoryview(b'')
 
   def readable(self) -> bool:
@@ -312,7 +363,7 @@ class _Zstandard(io.RawIOBase):
   def readinto(self, buffer: Any) -> int:
     while not self._ready:
       left = self._frame.unused_data if self._frame and self._frame.eof else b''
-      data = left or self._packed.read(1 << 17)
+      data = left or self._packed.read(1 << 10)  # few, since they may unpack to very many
       if not data:
         if self._frame and not self._frame.eof:
           raise EOFError('the file ends inside a Zstandard frame')

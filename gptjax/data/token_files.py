@@ -25,6 +25,11 @@ def index_of(file: str) -> str:
   return file.removesuffix('.bin') + '.idx'
 
 
+def tokens_of(index: str) -> str:
+  """The .bin file that an index is of, which may not be there."""
+  return index.removesuffix('.idx') + '.bin'
+
+
 def read(file: str, end_of_text: int) -> Iterator[np.ndarray]:
   """The documents of a .bin file as arrays of tokens, without the end-of-text between them.
 
@@ -42,13 +47,14 @@ def read(file: str, end_of_text: int) -> Iterator[np.ndarray]:
 def _read_megatron(file: str, end_of_text: int) -> Iterator[np.ndarray]:
   index = _Index.of(index_of(file))
   tokens = np.memmap(file, index.dtype, 'r')
-  if len(tokens) < int(index.lengths.sum()):
-    got, wanted = f'{len(tokens)} tokens', f'{index.lengths.sum()}, as its index says'
+  starts = np.concatenate([[0], np.cumsum(index.lengths)])
+  if len(tokens) != starts[-1]:
+    got, wanted = f'{len(tokens)} tokens', f'{starts[-1]}, as its index says'
     raise mistake(file, got, wanted, 'copying both files again')
+  if not index.fits(starts):
+    raise mistake(index_of(file), 'numbers in no order', "Megatron's index", 'copying it again')
   for first, end in zip(index.documents, index.documents[1:], strict=False):
-    if first < end:
-      start = index.pointers[first] // index.dtype.itemsize
-      yield from _cut(tokens[start : start + index.lengths[first:end].sum()], end_of_text)
+    yield from _cut(tokens[starts[first] : starts[end]], end_of_text)
 
 
 def _cut(tokens: np.ndarray, end_of_text: int) -> Iterator[np.ndarray]:
@@ -77,13 +83,26 @@ class _Index:
     with open(file, 'rb') as f:
       if f.read(len(_MAGIC)) != _MAGIC:
         raise mistake(file, 'another kind of file', "Megatron's index", 'moving it away')
-      version, code, sequences, documents = struct.unpack('<QBQQ', f.read(25))
+      header = struct.Struct('<QBQQ')
+      version, code, sequences, documents = header.unpack(f.read(header.size))
       if version != 1 or code not in _DTYPES:
         got = f'version {version}, dtype {code}'
         raise mistake(file, got, f'version 1, dtype {[*_DTYPES]}', 'another tool to convert it')
+      size = len(_MAGIC) + header.size + sequences * (4 + 8) + documents * 8
+      if os.path.getsize(file) != size:
+        got = f'{os.path.getsize(file)} bytes'
+        raise mistake(file, got, f'{size}, as its header says', 'copying it again')
       lengths = np.fromfile(f, '<i4', sequences)
       pointers = np.fromfile(f, '<i8', sequences)
       starts = np.fromfile(f, '<i8', documents)
-    if len(starts) != documents:
-      raise mistake(file, 'a file that is cut off', 'a whole index', 'copying it again')
     return cls(np.dtype(_DTYPES[code]), lengths.astype(np.int64), pointers, starts)
+
+  def fits(self, starts: np.ndarray) -> bool:
+    """Whether its numbers are as Megatron writes them: sequences, and documents, end to end."""
+    documents = self.documents
+    return bool(
+      (self.lengths >= 0).all()
+      and (self.pointers == starts[:-1] * self.dtype.itemsize).all()
+      and (documents[0] == 0 and documents[-1] == len(self.lengths) if len(documents) else False)
+      and (np.diff(documents) >= 0).all()
+    )

@@ -1,8 +1,10 @@
 """Text to tokens and back, exactly: SentencePiece, GPT-2's BPE or bytes, behind one protocol."""
 
 import base64
+import functools
 import hashlib
 import io
+import itertools
 import json
 import operator
 import os
@@ -75,7 +77,7 @@ class SentencePiece:
   # Long texts are encoded in stretches of about this many characters, cut where no piece of the
   # model reaches across, so the tokens are the same, and memory stays small.
   _stretch = 4000
-  _probe = '  \tTwo  spaces,\r\n\n é漢😀\0 \u2581 ' + END_OF_TEXT + ' '
+  _probe = '  \tTwo  spaces,\r\n\n é漢😀\0 \u2581 ﬁ① ' + END_OF_TEXT + ' '
 
   def __init__(self, model: bytes):
     try:
@@ -142,6 +144,10 @@ class Gpt2:
   # Where a text is cut before anything is merged: OpenAI's pattern, without backtracking.
   _pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
+  # That pattern still goes back over a run of white space, one step, and has a stack for that which
+  # a long run overflows. Here a text can be cut as the pattern would cut it.
+  _long_run = re.compile(r'(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{9999,}(?=[^\S\x1c-\x1f][\S\x1c-\x1f])')
+
   end_of_text = 50256
   vocab_size = 50257
 
@@ -164,7 +170,10 @@ class Gpt2:
     self.identity = hashlib.sha256(b'gpt2\0' + self._file()).hexdigest()
 
   def encode(self, text: str) -> np.ndarray:
-    return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+    cuts = [0, *(run.end() for run in self._long_run.finditer(text)), len(text)]
+    parts = (text[start:end] for start, end in itertools.pairwise(cuts))
+    encode = functools.partial(self._bpe.encode_to_numpy, disallowed_special=())
+    return np.concatenate([encode(part).astype(np.int32) for part in parts])
 
   def decode(self, tokens: Iterable[int]) -> str:
     tokens = [int(t) for t in tokens]
@@ -245,7 +254,9 @@ def load(path: str) -> Tokenizer:
 
   Raises Mistake if there is none or its files do not belong together.
   """
-  path = epath.Path(path)
+  with told_as(path, 'a place that can be read', 'another place', ImportError, OSError, KeyError):
+    path = epath.Path(path)
+    path.exists()  # by whatever its scheme asks for
   if path.suffix == '.tiktoken' and path.is_file():
     return Gpt2(_ranks_of_tiktoken(path))
   if path.is_file():
