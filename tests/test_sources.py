@@ -17,6 +17,8 @@ import pytest
 import tensorflow_datasets as tfds
 import zstandard
 from array_record.python import array_record_module
+from etils import epath
+from fsspec.implementations import dirfs, local
 from hypothesis import strategies as st
 
 from gptjax.data import sources
@@ -319,6 +321,39 @@ def test_a_bucket_without_its_library_says_what_to_install():
   for place in ('gs://bucket/folder', 'gs://bucket/*.txt'):
     with pytest.raises(Mistake, match='gs://bucket/.*: got ImportError: .*gcsfs'):
       read_all(place)
+
+
+class Bucket(dirfs.DirFileSystem):
+  """A folder as gcsfs shows a bucket: names go in with gs:// before them, and come without."""
+
+  def _join(self, path):
+    strip = lambda p: p.removeprefix('gs://')
+    return super()._join([*map(strip, path)] if isinstance(path, list) else strip(path))
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+  """What epath finds at gs://."""
+  files = Bucket(path=str(tmp_path), fs=local.LocalFileSystem())
+  monkeypatch.setattr(epath.backend.fsspec_backend, '_get_filesystem', lambda name: files)
+  return tmp_path
+
+
+def test_a_bucket_is_read_as_a_folder_is(bucket):
+  pack(bucket / 'b' / 'one' / 'a.txt', b'one')
+  pack(bucket / 'b' / 'two' / 'deep' / 'a.jsonl.gz', json_lines(['two', 'three']).encode())
+  pq.write_table(pa.table({'text': ['four']}), bucket / 'b' / 'two' / 'c.parquet')
+  (bucket / 'b' / 'two' / 'picture.png').write_bytes(b'')
+  documents, skipped = read_all('gs://b/one/a.txt,gs://b/two')
+  assert sorted(d.text for d in documents) == ['four', 'one', 'three', 'two']
+  assert skipped == {'another kind of file': 1}
+  for pattern, count in (('gs://b/*/a.txt', 1), ('gs://b/two/*.parquet', 1), ('gs://b/two/*', 1)):
+    found = sources.find(pattern, 'text', 'train', True)
+    assert len([f for f in found.files if not f.endswith('.png')]) == count
+    assert all(f.startswith('gs://b/') for f in found.files)
+  assert len(sources.hash_file('gs://b/one/a.txt')) == 64
+  with pytest.raises(Mistake, match=r'gs://b/\*\*: got .*pattern not supported'):
+    read_all('gs://b/**')
 
 
 def test_missing_package_says_what_to_install(tmp_path, monkeypatch):

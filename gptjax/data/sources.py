@@ -63,8 +63,9 @@ def find(source: str, text_column: str, tokenizer: str, skip_bad_text: bool) -> 
   for place in filter(None, map(str.strip, source.split(','))):
     try:
       wanted, fix = 'a place that can be read', 'installing what it asks for, or another place'
-      # KeyError: epath's for a scheme that it does not know.
-      with told_as(place, wanted, fix, ImportError, OSError, KeyError):
+      # epath's for a scheme that it does not know, and for ** in a bucket.
+      unknown = KeyError, NotImplementedError
+      with told_as(place, wanted, fix, ImportError, OSError, *unknown):
         found, others = _find_stdlib() if place == STDLIB else _find_files(place)
       if not found:
         raise mistake(
