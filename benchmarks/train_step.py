@@ -102,7 +102,7 @@ def main() -> None:
   config.model.context = a.context
   config.train_tokens = float(a.context * a.batch)
   config.batch.sequences, config.batch.ramp_tokens = a.batch, 0.0
-  config.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+  config.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1, 'stage': 1})
   config.compute.microbatch = a.batch // a.slices
   config.compute.dtype, config.compute.remat = a.dtype, a.remat
   config.compute.loss_chunk = a.loss_chunk

@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
+  c.mesh.stage = 1
 
   c.compute = ConfigDict()
   c.compute.microbatch = 4

@@ -32,7 +32,7 @@ KNOBS = {
   'eval': 'every_tokens sequences',
   'save': 'every_tokens keep',
   'resume': 'accept_changes',
-  'mesh': 'data fsdp tensor',
+  'mesh': 'data fsdp tensor stage',
   'compute': 'microbatch dtype attention remat loss_chunk',
   'log': 'progress tensorboard wandb',
 }
@@ -176,13 +176,13 @@ def _shape(config) -> Shape:
 
 def _mesh(config, n_devices) -> dict[str, int]:
   c = config.mesh
-  sizes = {'data': c.data, 'fsdp': c.fsdp, 'tensor': c.tensor}
+  sizes = {'stage': c.stage, 'data': c.data, 'fsdp': c.fsdp, 'tensor': c.tensor}
   assert tuple(sizes) == sharding.AXES
   for axis, size in sizes.items():
     if size < 1 and not (axis == 'data' and size == -1):
       raise mistake(f'mesh.{axis}', size, '1 or more', f'--config.mesh.{axis}=1')
   if sizes['data'] == -1:
-    sizes['data'] = max(1, n_devices // (sizes['fsdp'] * sizes['tensor']))
+    sizes['data'] = max(1, n_devices // (sizes['stage'] * sizes['fsdp'] * sizes['tensor']))
   return sizes
 
 

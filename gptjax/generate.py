@@ -39,7 +39,7 @@ def main(config: ConfigDict) -> None:
   # One device is enough for one row, however many the run was trained on.
   with told_as(workdir / 'config.json', 'the config of a run', 'training on writes it', Exception):
     check_knobs(trained)
-    trained.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+    trained.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1, 'stage': 1})
     trained.compute.microbatch = 1
     trained.compute.attention = 'chunked'  # any machine has it, whatever the run was trained on
     program = resolve(trained, jax.devices()[:1]).program

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import P
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gptjax import attention
@@ -121,14 +122,70 @@ def _splash(device_kind, interpret, window, q_blhk, k_bshk, v_bshk):
 
 def _on_each_device(attend, q_blhk, k_bshk, v_bshk):
   """Runs attend on each device's own rows and heads, which is all that its result depends on."""
-  sharding = jax.typeof(q_blhk).sharding
-  if sharding.mesh.empty:
+  if jax.typeof(q_blhk).sharding.mesh.empty:
     return attend(q_blhk, k_bshk, v_bshk)
-  spec = sharding.spec
-  assert spec[1] is None and spec[3] is None, f'positions and widths must be whole: {spec}'
-  # check_vma: JAX cannot see over which axes the result of a kernel varies.
-  run = jax.shard_map(attend, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+
+  # What a pullback is besides its arrays. Two traces of it are never equal for JAX, and with and
+  # without a `vmap` outside the axes that are mapped over differ.
+  structure = {}
+
+  def forward(*qkv):
+    o_blhk, pull = jax.vjp(attend, *qkv)
+    kept, structure[jax.sharding.get_abstract_mesh()] = jax.tree.flatten(pull)
+    return o_blhk, kept
+
+  def backward(do_blhk, *kept):
+    pull = jax.tree.unflatten(structure[jax.sharding.get_abstract_mesh()], kept)
+    return pull(do_blhk)
+
+  # Forward and backward are each mapped over the devices, and not one derived from the other: so a
+  # `vmap` over an axis of the mesh, as a pipeline has it, meets nothing but `_by_device`.
+  run = jax.custom_vjp(lambda *qkv: _by_device(attend, qkv))
+  run.defvjp(
+    lambda *qkv: _by_device(forward, qkv, keeps=True),
+    lambda kept, do_blhk: _by_device(backward, (do_blhk,), *kept),
+  )
   return run(q_blhk, k_bshk, v_bshk)
+
+
+def _by_device(run, like_q, *kept, keeps=False):
+  """run(*like_q, *kept) on each device, of arrays that are split as q is.
+
+  What is kept, and with `keeps` run's second result, is a device's own affair, whatever it is.
+  """
+  on_its_own = lambda tree, index: jax.tree.map(lambda a: a[index], tree)
+
+  def own(like_q, kept):
+    made = run(*like_q, *on_its_own(kept, 0))
+    return (made[0], on_its_own(made[1], None)) if keeps else made
+
+  def over_devices(like_q, kept):
+    split = jax.typeof(like_q[0]).sharding.spec
+    *outer, b, l, h, k = split.partitions
+    assert l is None and k is None, f'positions and widths must be whole: {split}'
+    each = own
+    for _ in outer:
+      each = jax.vmap(each)
+    names = [(axes,) if isinstance(axes, str) else axes or () for axes in (b, h)]
+    apart = P(*outer, sum(names, ()) or None)  # a dim for the devices
+    # check_vma: JAX cannot see over which axes the result of a kernel varies.
+    mapped = jax.shard_map(
+      each,
+      in_specs=(split, apart),
+      out_specs=(split, apart) if keeps else split,
+      check_vma=False,
+    )
+    return mapped(like_q, kept)
+
+  def vmapped(_, batched, like_q, kept):
+    assert all(jax.tree.leaves(batched)), 'all or none come from a stage'
+    made = over_devices(like_q, kept)
+    return made, jax.tree.map(lambda _: True, made)
+
+  # Under a `vmap` JAX hides its axis of the mesh from a `shard_map`, and kernels must see all.
+  over_all = jax.custom_batching.custom_vmap(over_devices)
+  over_all.def_vmap(vmapped)
+  return over_all(like_q, kept)
 
 
 def _refuse_dropout(name, dropout):

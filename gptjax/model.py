@@ -141,7 +141,7 @@ class GPT(nnx.Module):
   def __init__(self, shape: Shape, *, key: jax.Array):
     embed_key, position_key, blocks_key = jax.random.split(key, 3)
     V, D = shape.padded_vocab, shape.d_model
-    embed_vd = weight(embed_key, 'vd', V, D, std=INIT_STD)
+    embed_vd = weight(embed_key, 've', V, D, std=INIT_STD)
     # Rows of the padding are 0 and get no gradient, so they stay 0 for ever.
     real_v1 = jnp.arange(V, out_sharding=stored('v'))[:, None] < shape.vocab_size
     self.embed = nnx.Param(jnp.where(real_v1, embed_vd[...], 0))
@@ -162,17 +162,27 @@ class GPT(nnx.Module):
       key_b: one PRNG key a row turns dropout on. The masks depend on the row's key alone, so
         dropout is the same however rows are split over slices and devices.
     """
+    e_vd = self.output(numerics)
+    x_bld = self.run_layers(self.start(e_vd, token_bl, numerics, key_b), numerics, key_b)
+    return self.norm(x_bld, numerics.dtype), e_vd
+
+  def output(self, numerics: Numerics) -> jax.Array:
+    """The output matrix e_vd in use; the embedding is the same."""
+    return use(self.embed, 'vd', numerics.dtype)
+
+  def start(self, e_vd, token_bl, numerics, key_b) -> jax.Array:
+    """What goes into the first layer."""
     B, L = token_bl.shape
     T = self.position.shape[0]
     if L > T:
       raise mistake('length of a row', f'{L} tokens', f'at most {T}, the positions', 'shorter rows')
-    e_vd = use(self.embed, 'vd', numerics.dtype)
     x_bld = look_up(e_vd, token_bl)
     x_bld += use_rows(self.position, 'ld', numerics.dtype, B)[:, :L]
-    embed_key_b, blocks_key_b = split_rows(key_b, 2)
-    x_bld = drop(x_bld, numerics.dropout, embed_key_b)
-    x_bld = run_blocks(self.blocks, x_bld, self.windows, numerics, blocks_key_b)
-    return self.norm(x_bld, numerics.dtype), e_vd
+    return drop(x_bld, numerics.dropout, fold_rows(key_b, 0))
+
+  def run_layers(self, x_bld, numerics, key_b, first=0) -> jax.Array:
+    """Through all layers there are, of which the first has this number."""
+    return run_blocks(self.blocks, x_bld, self.windows, numerics, fold_rows(key_b, 1), first)
 
 
 def look_up(e_vd: jax.Array, token_bl: jax.Array) -> jax.Array:
@@ -194,16 +204,19 @@ def look_up(e_vd: jax.Array, token_bl: jax.Array) -> jax.Array:
   return looked_up(e_vd, token_bl)
 
 
-def run_blocks(blocks, x_bld, windows, numerics, key_b):
-  """Scans blocks [n, …] in periods of the pattern; layers left over run after the scan."""
+def run_blocks(blocks, x_bld, windows, numerics, key_b, first=0):
+  """Scans blocks [n, …] in periods of the pattern; layers left over run after the scan.
+
+  `first` is the number of the first of them, from 0, for its dropout.
+  """
   p = len(windows)
   N = jax.tree.leaves(blocks)[0].shape[0]
   whole = N // p * p
 
-  def run(x_bld, blocks, first, count):
+  def run(x_bld, blocks, start, count):
     for i in range(count):
       block = jax.tree.map(lambda a: a[i], blocks)  # noqa: B023
-      x_bld = block(x_bld, windows[i], numerics, fold_rows(key_b, first + i))
+      x_bld = block(x_bld, windows[i], numerics, fold_rows(key_b, start + i))
     return x_bld
 
   if numerics.remat != 'none':
@@ -211,9 +224,9 @@ def run_blocks(blocks, x_bld, windows, numerics, key_b):
   if whole:
     periods = jax.tree.map(lambda a: split_leading(a[:whole], p), blocks)
     step = lambda x_bld, xs: (run(x_bld, *xs, p), None)
-    x_bld, _ = lax.scan(step, x_bld, (periods, jnp.arange(0, whole, p)))
+    x_bld, _ = lax.scan(step, x_bld, (periods, first + jnp.arange(0, whole, p)))
   if whole < N:
-    x_bld = run(x_bld, jax.tree.map(lambda a: a[whole:], blocks), whole, N - whole)
+    x_bld = run(x_bld, jax.tree.map(lambda a: a[whole:], blocks), first + whole, N - whole)
   return x_bld
 
 

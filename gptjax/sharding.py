@@ -1,13 +1,14 @@
 """The alphabet and the mesh: on which axis of the mesh each dim of an array lies.
 
 One letter per dim, the same in einsums, in the suffixes of variables and in the two tables here:
-b sequences, l query position, s key position, d model width, h heads, k head width, f feed-forward
-width, v vocabulary, n layers, c the three of q, k, v, g accumulation slice. Changing how a model
-is split over a machine means changing a table.
+b sequences, l query position, s key position, d model width, e the same in a weight that is in no
+layer, h heads, k head width, f feed-forward width, v vocabulary, n layers, c the three of q, k, v,
+g accumulation slice, p pipeline stage, r what a stage keeps for later. Changing how a model is
+split over a machine means changing a table.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,26 @@ from jax import P, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import reshard
 
-from gptjax.errors import mistake, raise_all
+from gptjax.errors import Mistake, mistake, raise_all
 from gptjax.sizes import Shape
 
-AXES = ('data', 'fsdp', 'tensor')  # `stage` goes in front when there are pipelines
+AXES = ('stage', 'data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # the axes that split the rows: a gradient is a sum over them
-STORE = {'d': 'fsdp', 'h': 'tensor', 'f': 'tensor', 'v': 'tensor'}  # weights at rest
-COMPUTE = {'b': BATCH, 'h': 'tensor', 'f': 'tensor', 'v': 'tensor'}  # arrays in use
+STORE = {  # weights at rest
+  'n': 'stage',
+  'd': 'fsdp',
+  'e': ('stage', 'fsdp'),
+  'h': 'tensor',
+  'f': 'tensor',
+  'v': 'tensor',
+}
+COMPUTE = {  # arrays in use
+  'p': 'stage',
+  'b': BATCH,
+  'h': 'tensor',
+  'f': 'tensor',
+  'v': ('tensor', 'stage'),  # embedding and output matrix are in no stage: each has a part of them
+}
 
 # Gradients are summed over devices in this dtype, whatever the dtype they were computed in: a sum
 # of thousands of bf16 terms in bf16 loses the small ones.
@@ -32,11 +46,16 @@ GATHERED = 'gathered'  # the name by which a remat policy knows a weight in use
 
 
 def make_mesh(
-  data: int, fsdp: int, tensor: int, devices: Sequence | None = None
+  data: int, fsdp: int, tensor: int, devices: Sequence | None = None, *, stage: int = 1
 ) -> jax.sharding.Mesh:
   """A mesh of explicit axes over all devices of the run, or over those given."""
   devices = jax.devices() if devices is None else devices
-  return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices)
+  return jax.make_mesh((stage, data, fsdp, tensor), AXES, devices=devices)
+
+
+def stages() -> int:
+  """Into how many stages the layers are split, on the mesh that is set."""
+  return jax.sharding.get_abstract_mesh().shape['stage']
 
 
 def check(shape: Shape, sizes: dict[str, int], n_devices: int) -> None:
@@ -71,7 +90,25 @@ def check(shape: Shape, sizes: dict[str, int], n_devices: int) -> None:
           f'--config.mesh.{axis}= one of {", ".join(map(str, divisors))}',
         )
       )
+  if sizes['stage'] > 1:
+    mistakes += _unstaged(shape, sizes['stage'], sizes['fsdp'])
   raise_all(mistakes)
+
+
+def _unstaged(shape: Shape, stages: int, fsdp: int) -> Iterator[Mistake]:
+  # Every stage runs the same program, so each has whole periods of the pattern.
+  n, period = shape.n_layers, len(shape.windows)
+  if n % (period * stages):
+    works = [s for s in range(1, n + 1) if n % (period * s) == 0] or [1]
+    yield mistake(
+      'layers over the mesh axis stage',
+      f'{n} over {stages}',
+      f'whole periods of {period} layers in each',
+      f'--config.mesh.stage= one of {", ".join(map(str, works))}',
+    )
+  if shape.d_model % (stages * fsdp):
+    got, wanted = f'{shape.d_model} over {stages}·{fsdp}', 'sizes that divide it'
+    yield mistake('d_model over stage·fsdp', got, wanted, 'another --config.mesh.fsdp')
 
 
 def stored(dims: str) -> P:
@@ -146,15 +183,48 @@ def split_leading(a: jax.Array, p: int) -> jax.Array:
   return lax.reshape(a, (a.shape[0] // p, p, *a.shape[1:]), out_sharding=out)
 
 
+def join_leading(a: jax.Array) -> jax.Array:
+  """An array [n, p, …] as [n·p, …]: the inverse of `split_leading`."""
+  spec = jax.typeof(a).sharding.spec
+  first, _, *rest = spec.partitions
+  out = P(first, *rest, reduced=spec.reduced, unreduced=spec.unreduced)
+  return lax.reshape(a, (a.shape[0] * a.shape[1], *a.shape[2:]), out_sharding=out)
+
+
+def use_for_long(w_vd: jax.Array) -> jax.Array:
+  """The embedding [v, d] as `use` lays it, still in f32, for a whole step of a pipeline.
+
+  Then `use` moves nothing, and its gradient stays each device's own sum until `take_back`. Rows
+  that stages do not divide are filled up with rows of zeros.
+  """
+  used, sizes = computed('vd').partitions, jax.sharding.get_abstract_mesh().shape
+  parts = math.prod(sizes[axis] for axis in COMPUTE['v'])
+  rows = _spec(w_vd)[0] if len(w_vd) % parts == 0 else None
+  # In two steps, because XLA knows no way to do both at once: gathered over fsdp, and then dealt
+  # anew along the stages.
+  w_vd = reshard(w_vd, P(rows, _splitting('stage')))
+  w_vd = jnp.pad(w_vd, ((0, -len(w_vd) % parts), (0, 0)))
+  return reshard(w_vd, P(*used, reduced=_batch()))
+
+
+def take_back(dw_vd: jax.Array, w_vd: jax.Array) -> jax.Array:
+  """The gradient of what `use_for_long` made of the embedding, reduced and laid as that is."""
+  rows, columns = _spec(w_vd)
+  if len(dw_vd) > len(w_vd):
+    return reshard(reshard(dw_vd, P(None, columns))[: len(w_vd)], P(rows, columns))
+  dw_vd = reshard(dw_vd, P(rows, _splitting('stage'), unreduced=_batch()))
+  return reshard(dw_vd, P(rows, columns))
+
+
 def defer(params: dict) -> dict:
   """Params whose gradients stay unreduced over `data`, to be summed over slices first."""
   return jax.tree.map(lambda w: reshard(w, P(*_spec(w), reduced=_data())), params)
 
 
-def deferred_zeros(params: dict) -> dict:
+def deferred_zeros(deferred: dict) -> dict:
   """Zeros in which gradients of `defer`red params are summed."""
-  unreduced = lambda w: P(*_spec(w), unreduced=_data())
-  return jax.tree.map(lambda w: reshard(jnp.zeros(w.shape, REDUCE_DTYPE), unreduced(w)), params)
+  unreduced = lambda w: P(*_spec(w), unreduced=jax.typeof(w).sharding.spec.reduced)
+  return jax.tree.map(lambda w: reshard(jnp.zeros(w.shape, REDUCE_DTYPE), unreduced(w)), deferred)
 
 
 def reduce(grads: dict) -> dict:

@@ -8,11 +8,43 @@ import optax
 from flax import nnx
 from jax import lax
 
-from gptjax import sharding
+from gptjax import pipeline, sharding
 from gptjax.loss import cross_entropy, logits
 from gptjax.model import GPT, Numerics
 from gptjax.optimizer import AdamW
 from gptjax.sizes import Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """The windows of a step in slices [g, b, context + 1], of which the first `rows` rows count."""
+
+  token_gbl: jax.Array
+  start: jax.Array  # sequences consumed before
+  rows: jax.Array
+
+  @property
+  def slices(self) -> jax.Array:
+    """How many there are with rows that count."""
+    G, B, _ = self.token_gbl.shape
+    return jnp.minimum(-(-self.rows // B), G)
+
+  def tokens(self, g: jax.Array) -> jax.Array:
+    """Of slice g [b, context + 1]; any for one that there is not."""
+    return lax.dynamic_index_in_dim(self.token_gbl, g, keepdims=False)
+
+  def weights(self, g: jax.Array) -> jax.Array:
+    """Of its rows [b]: 1 for one that counts, 0 for one that fills a slice or is in none."""
+    row_b = self._rows(g)
+    return ((row_b >= 0) & (row_b < self.rows)).astype(jnp.float32)
+
+  def sequences(self, g: jax.Array) -> jax.Array:
+    """The place of its rows in the stream [b]."""
+    return self.start + self._rows(g)
+
+  def _rows(self, g):
+    B = self.token_gbl.shape[1]
+    return g * B + jnp.arange(B, out_sharding=sharding.computed('b'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +70,14 @@ class Program:
     """The state's shapes, dtypes and shardings on the mesh that is set; costs no memory."""
     return sharding.concrete(jax.eval_shape(lambda: self.init(jax.random.key(0))))
 
-  def hidden(self, params: dict, token_bl: jax.Array, key_b=None) -> tuple[jax.Array, jax.Array]:
-    """Final hidden states [b, l, d] and the output matrix [v, d] in use: GPT on plain params."""
+  def model(self, params: dict) -> GPT:
+    """GPT on plain params, of which the blocks may be some of them."""
     graph, _ = nnx.split(jax.eval_shape(lambda: GPT(self.shape, key=jax.random.key(0))))
-    return nnx.merge(graph, params)(token_bl.astype(jnp.int32), self.numerics, key_b)
+    return nnx.merge(graph, params)
+
+  def hidden(self, params: dict, token_bl: jax.Array, key_b=None) -> tuple[jax.Array, jax.Array]:
+    """Final hidden states [b, l, d] and the output matrix [v, d] in use."""
+    return self.model(params)(token_bl.astype(jnp.int32), self.numerics, key_b)
 
   def loss(self, params: dict, token_bl: jax.Array, weight_b: jax.Array, key_b=None) -> jax.Array:
     """Cross-entropy in nats summed over the tokens of rows, each row weighted.
@@ -52,8 +88,12 @@ class Program:
       weight_b: 1 for a row that counts, 0 for one that fills a slice.
       key_b: one PRNG key a row, for dropout.
     """
+    hidden = self.hidden(params, token_bl[:, :-1], key_b)
+    return self.cross_entropy(*hidden, token_bl, weight_b)
+
+  def cross_entropy(self, x_bld, e_vd, token_bl, weight_b) -> jax.Array:
+    """The loss, given final hidden states and the output matrix in use."""
     label_bl = token_bl[:, 1:].astype(jnp.int32)
-    x_bld, e_vd = self.hidden(params, token_bl[:, :-1], key_b)
     weight_bl = weight_b[:, None] * jnp.ones_like(label_bl, jnp.float32)
     return cross_entropy(x_bld, e_vd, label_bl, weight_bl, self.shape.vocab_size, self.loss_chunk)
 
@@ -73,22 +113,55 @@ class Program:
       rows: how many rows count; later ones weigh 0. It is traced, as is the number of slices that
         it takes, so a batch ramp compiles once.
     """
-    G, B, L = token_gbl.shape[0], token_gbl.shape[1], token_gbl.shape[2] - 1
+    batch = Batch(token_gbl, start, rows)
+    summed = self._through_stages if sharding.stages() > 1 else self._slice_by_slice
+    total, grads = summed(params, batch)
+    tokens = (rows * (token_gbl.shape[2] - 1)).astype(jnp.float32)
+    return total / tokens, jax.tree.map(lambda g: g / tokens, grads)
+
+  def _slice_by_slice(self, params, batch):
+    """The loss summed over tokens, and its gradient."""
     deferred = sharding.defer(params)
 
     def add(g, sums):
-      row_b = g * B + jnp.arange(B, out_sharding=sharding.computed('b'))
-      weight_b = (row_b < rows).astype(jnp.float32)
-      key_b = self._row_keys(start + row_b)
-      token_bl = lax.dynamic_index_in_dim(token_gbl, g, keepdims=False)
+      token_bl, weight_b = batch.tokens(g), batch.weights(g)
+      key_b = self._row_keys(batch.sequences(g))
       value, grads = jax.value_and_grad(self.loss)(deferred, token_bl, weight_b, key_b)
       return sums[0] + value, jax.tree.map(jnp.add, sums[1], grads)
 
-    slices = jnp.minimum(-(-rows // B), G)
-    zeros = jnp.float32(0), sharding.deferred_zeros(params)
-    total, grads = lax.fori_loop(0, slices, add, zeros)
-    tokens = (rows * L).astype(jnp.float32)
-    return total / tokens, jax.tree.map(lambda g: g / tokens, sharding.reduce(grads))
+    zeros = jnp.float32(0), sharding.deferred_zeros(deferred)
+    total, grads = lax.fori_loop(0, batch.slices, add, zeros)
+    return total, sharding.reduce(grads)
+
+  def _through_stages(self, params, batch):
+    """The same, by a pipeline."""
+    parts, outer, blocks = self._parts(params, batch)
+    total, d_outer, d_blocks = pipeline.one_f_one_b(parts, outer, blocks, batch.slices)
+    d_embed = sharding.take_back(d_outer.pop('embed'), params['embed'])
+    return total, sharding.reduce(d_outer | {'blocks': d_blocks}) | {'embed': d_embed}
+
+  def _parts(self, params, batch, dropped=True):
+    """What a pipeline runs, and what it runs on: params outside and inside its stages."""
+    blocks = params['blocks']
+    outer = {name: w for name, w in params.items() if name not in ('blocks', 'embed')}
+    outer = sharding.defer(outer) | {'embed': sharding.use_for_long(params['embed'])}
+    keys = lambda g: self._row_keys(batch.sequences(g)) if dropped else None
+
+    def first(outer, g):
+      model, token_bl = self.model(outer | {'blocks': blocks}), batch.tokens(g)[:, :-1]
+      e_vd = model.output(self.numerics)
+      return model.start(e_vd, token_bl.astype(jnp.int32), self.numerics, keys(g))
+
+    def layers(blocks, x_bld, g, number):
+      model = self.model(params | {'blocks': blocks})
+      return model.run_layers(x_bld, self.numerics, keys(g), number)
+
+    def last(outer, x_bld, g):
+      model = self.model(outer | {'blocks': blocks})
+      x_bld, e_vd = model.norm(x_bld, self.numerics.dtype), model.output(self.numerics)
+      return self.cross_entropy(x_bld, e_vd, batch.tokens(g), batch.weights(g))
+
+    return pipeline.Parts(first, layers, last), outer, blocks
 
   def train_step(
     self, state: dict, token_gbl: jax.Array, start: jax.Array, rows: jax.Array, lr: jax.Array
@@ -111,10 +184,16 @@ class Program:
     return {'params': params, 'moments': moments}, metrics
 
   def eval_step(self, params: dict, token_gbl: jax.Array, rows: jax.Array) -> jax.Array:
-    """The loss in nats summed over the tokens of the first `rows` rows of the only slice."""
-    (token_bl,) = token_gbl
-    row_b = jnp.arange(len(token_bl), out_sharding=sharding.computed('b'))
-    return self.loss(params, token_bl, (row_b < rows).astype(jnp.float32))
+    """The loss in nats summed over the tokens of the first `rows` rows, without dropout."""
+    batch = Batch(token_gbl, jnp.int32(0), rows)
+    return self.forward_loss(params, batch, batch.slices)
+
+  def forward_loss(self, params: dict, batch: Batch, slices: jax.Array | int) -> jax.Array:
+    """The same of so many slices of a batch; with an int it can be differentiated."""
+    if sharding.stages() > 1:
+      return pipeline.gpipe(*self._parts(params, batch, dropped=False), slices)
+    add = lambda g, total: total + self.loss(params, batch.tokens(g), batch.weights(g))
+    return lax.fori_loop(0, slices, add, jnp.float32(0))
 
   def _row_keys(self, sequence_b):
     """A key a row that depends on the seed and the row's place in the stream alone."""

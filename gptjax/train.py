@@ -252,10 +252,12 @@ class Trainer:
 
   def loss(self, params: dict, windows: dataset.Windows, count: int) -> float:
     """The mean loss in nats per token over the first `count` windows, in their own order."""
-    rows, total, unread = self.run.microbatch, 0.0, None
+    rows, total, unread = self.run.microbatch * self.run.slices, 0.0, None
     for start in range(0, count, rows):
       mine = min(rows, count - start)
-      token_gbl = loader.place(windows, start, mine, 1, rows, self.mesh)
+      token_gbl = loader.place(
+        windows, start, mine, self.run.slices, self.run.microbatch, self.mesh
+      )
       value = self.eval_step(params, token_gbl, np.int32(mine))
       total += float(unread) if unread is not None else 0.0
       unread = value
@@ -312,6 +314,12 @@ def describe(run: Run, corpora: Corpora, mixed: Mixture, start: int, taken: int)
     'compute': f'{numerics.dtype.name}, remat {numerics.remat}, '
     f'attention {numerics.attend.__name__}',
   }
+  if (stages := run.mesh['stage']) > 1:
+    idle = 2 * (stages - 1)
+    lines['stages'] = (
+      f'{shape.n_layers // stages} layers each, 1F1B; of {run.slices + idle} ticks in a full batch '
+      f'a stage idles {idle}: {idle / (run.slices + idle):.0%}'
+    )
   if start < ramp.total:
     lines['start'] = f'sequence {start:,}, step {steps.start:,}' if start else 'from scratch'
   if mixed.stages[1:]:

@@ -27,10 +27,10 @@ def program(shape: Shape = SHAPE, loss_chunk: int = 6, seed: int = 0, **numerics
   return Program(shape, dataclasses.replace(NUMERICS, **numerics), ADAMW, loss_chunk, seed)
 
 
-def on(data: int = 1, fsdp: int = 1, tensor: int = 1):
+def on(data: int = 1, fsdp: int = 1, tensor: int = 1, stage: int = 1):
   """Sets a mesh of as many devices as it takes, for a `with`."""
-  devices = jax.devices()[: math.prod((data, fsdp, tensor))]
-  return jax.set_mesh(sharding.make_mesh(data, fsdp, tensor, devices))
+  devices = jax.devices()[: math.prod((data, fsdp, tensor, stage))]
+  return jax.set_mesh(sharding.make_mesh(data, fsdp, tensor, devices, stage=stage))
 
 
 def rows(slices: int, b: int, seed: int = 0, shape: Shape = SHAPE) -> np.ndarray:

@@ -161,7 +161,7 @@ def test_a_run_is_what_the_knobs_say():
   assert (program.loss_chunk, program.seed) == (7, 7)
   assert (numerics.remat, numerics.dtype, numerics.dropout) == ('dots', jax.numpy.bfloat16, 0.2)
   assert run.ramp == schedule.Ramp.linear(16, 64, 24, 100, 200)
-  assert run.mesh == {'data': 4, 'fsdp': 2, 'tensor': 1}
+  assert run.mesh == {'stage': 1, 'data': 4, 'fsdp': 2, 'tensor': 1}
   assert (run.microbatch, run.slices) == (16, 4)
   assert (run.eval_every, run.eval_sequences, run.save_every) == (10, 11, 20)
   rates = [float(schedule.at(run.lr, sequences)) for sequences in (5, 10, 100, 200)]
@@ -179,7 +179,7 @@ def test_a_run_is_what_the_knobs_say():
     ({'workdir': 'w\udcff'}, 'workdir: got UnicodeEncodeError'),
     ({'mesh__fsdp': 3}, 'd_model over the mesh axis fsdp: got 128 over 3'),
     ({'mesh__tensor': 8}, 'n_heads over the mesh axis tensor: got 4 over 8'),
-    ({'mesh__data': 4}, 'got 4·1·1 = 4 devices, wanted 8, all there are'),
+    ({'mesh__data': 4}, 'got 1·4·1·1 = 4 devices, wanted 8, all there are'),
     ({'mesh__fsdp': 0}, 'mesh.fsdp: got 0'),
     ({'batch__sequences': 80}, r'got 80 over 8·1·4 = 32.*batch.sequences=96 or .*microbatch=2'),
     ({'batch__ramp_from': 99}, 'batch: got from 99'),

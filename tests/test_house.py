@@ -39,6 +39,7 @@ FLOORS = {
   'data.loader': 2,
   'data.reading': 2.5,
   'data.corpora': 2.5,
+  'pipeline': 2,
   'checkpoint': 2,
   'step': 3,
   'config': 3.5,

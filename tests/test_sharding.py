@@ -1,5 +1,7 @@
 """The tables: what divides, what is gathered, and in what dtype gradients are summed."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,16 +11,22 @@ from jax import P
 
 from gptjax import sharding
 from gptjax.errors import Mistake
+from gptjax.sizes import GPT3, Shape
 from tests import small
 
 
 def test_a_letter_lies_where_the_tables_say():
   with small.on(2, 2, 2):
-    assert sharding.stored('vd') == P('tensor', 'fsdp')
+    assert sharding.stored('ve') == P('tensor', 'fsdp')
     assert sharding.computed('vd') == P('tensor', None)
     assert sharding.computed('bld') == P(('data', 'fsdp'), None, None)
   with small.on(1, 8, 1):
-    assert sharding.stored('vd') == P(None, 'fsdp')
+    assert sharding.stored('ve') == P(None, 'fsdp')
+    assert sharding.stored('ncdhk') == P(None, None, 'fsdp', None, None)
+  with small.on(1, 2, 2, stage=2):
+    assert sharding.stored('ve') == P('tensor', ('stage', 'fsdp'))
+    assert sharding.stored('ncdhk') == P('stage', None, 'fsdp', 'tensor', None)
+    assert sharding.computed('vd') == P(('tensor', 'stage'), None)
     assert sharding.computed('bld') == P('fsdp', None, None)
 
 
@@ -62,9 +70,9 @@ def test_gradients_are_reduced_in_f32_whatever_they_were_computed_in():
 
 def test_mesh_that_does_not_divide_the_model_lists_everything():
   with pytest.raises(Mistake) as e:
-    sharding.check(small.SHAPE, {'data': 1, 'fsdp': 3, 'tensor': 5}, 8)
+    sharding.check(small.SHAPE, {'stage': 1, 'data': 1, 'fsdp': 3, 'tensor': 5}, 8)
   told = str(e.value)
-  assert 'wanted 8, all there are' in told and '1·3·5' in told
+  assert 'wanted 8, all there are' in told and '1·1·3·5' in told
   assert 'd_model over the mesh axis fsdp: got 32 over 3' in told
   assert 'n_heads over the mesh axis tensor: got 4 over 5' in told
   assert 'd_ff' in told and 'padded vocabulary' in told
@@ -72,4 +80,24 @@ def test_mesh_that_does_not_divide_the_model_lists_everything():
 
 
 def test_mesh_that_divides_is_accepted():
-  sharding.check(small.SHAPE, {'data': 2, 'fsdp': 2, 'tensor': 2}, 8)
+  sharding.check(small.SHAPE, {'stage': 1, 'data': 2, 'fsdp': 2, 'tensor': 2}, 8)
+
+
+@pytest.mark.parametrize(
+  'name, works', [('13b', [1, 2, 4, 5, 10, 20]), ('175b', [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])]
+)
+def test_stages_have_whole_periods(name, works):
+  row = GPT3[name]
+  shape = Shape(row.n_layers, row.d_model, 40, 128, 4 * 128, 2048, 50257, (None, 256))
+  mesh = lambda stages: {'stage': stages, 'data': 1, 'fsdp': 1, 'tensor': 1}
+  for stages in range(1, 50):
+    if stages in works:
+      sharding.check(shape, mesh(stages), stages)
+    else:
+      with pytest.raises(Mistake, match='layers over the mesh axis stage'):
+        sharding.check(shape, mesh(stages), stages)
+  with pytest.raises(Mistake, match='--config.mesh.stage= one of ' + ', '.join(map(str, works))):
+    sharding.check(shape, mesh(49), 49)
+  odd = dataclasses.replace(shape, n_layers=9)
+  with pytest.raises(Mistake, match='--config.mesh.stage= one of 1(\n|$)'):
+    sharding.check(odd, mesh(3), 3)

@@ -136,6 +136,30 @@ def test_resume_on_another_mesh_and_in_other_slices_is_the_same_run(
   ]
 
 
+@pytest.mark.slow
+def test_a_run_goes_from_a_pipeline_to_none_and_back(corpus, tmp_path, capsys):
+  settings = {'model__n_layers': 4, 'resume__accept_changes': True}
+  run = lambda name, tokens, **mesh: train.main(
+    config(tmp_path / name, corpus, train_tokens=tokens, **settings, **mesh)
+  )
+  run('straight', 3072.0, mesh__data=8)
+  staged = {'mesh__stage': 2, 'mesh__data': 2, 'mesh__tensor': 2}
+  run('run', 1024.0, **staged)
+  told = capsys.readouterr().out
+  assert 'mesh     stage 2 · data 2 · fsdp 1 · tensor 2' in told
+  # 24 sequences, 4 at a time, in 6 ticks and 2 to fill the stages and empty them.
+  assert '2 layers each, 1F1B; of 14 ticks in a full batch a stage idles 2: 14%' in told
+  run('run', 2048.0, mesh__fsdp=4)
+  run('run', 3072.0, **staged)
+  for kind in ('train', 'validation'):
+    got, want = (records(tmp_path / name, kind) for name in ('run', 'straight'))
+    want = {r['sequences']: r for r in want}
+    for record in got:
+      if record['sequences'] in want:
+        assert record['loss'] == pytest.approx(want[record['sequences']]['loss'], rel=1e-3)
+    assert record['sequences'] == 96
+
+
 def test_ramp_compiles_once_and_steps_are_read_one_behind(corpus, tmp_path, monkeypatch):
   compiled, events = [], []
   listen = lambda name, seconds, **_: compiled.append(name) if 'backend_compile' in name else None
