@@ -16,6 +16,9 @@ def get_config(size: str = '125m') -> ConfigDict:
   row = sizes.GPT3[size]
   c = ConfigDict()
   c.workdir = f'runs/gpt3-{size}'  # metrics, checkpoints, what it was made of
+  # The processes that train together: the cluster that JAX finds (TPU pod, SLURM, Open MPI, GKE) or
+  # one; 'one'; or 'address:port,processes,index'.
+  c.hosts = 'auto'
   c.seed = 0  # of the weights, the order of the data and dropout
   c.train_tokens = 300e9  # the length of the run
 

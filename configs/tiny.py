@@ -7,6 +7,7 @@ def get_config() -> ConfigDict:
   """The same knobs as configs/gpt3.py, which says what each is."""
   c = ConfigDict()
   c.workdir = 'runs/tiny'
+  c.hosts = 'auto'
   c.seed = 0
   c.train_tokens = 1.5e6
 

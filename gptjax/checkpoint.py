@@ -17,6 +17,7 @@ FREE, NEVER, RECIPE = 'free', 'never', 'recipe'
 POLICY = {
   '': RECIPE,
   'workdir': FREE,
+  'hosts': FREE,
   'mesh': FREE,
   'compute': FREE,
   'log': FREE,

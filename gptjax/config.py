@@ -23,7 +23,7 @@ LAYERS = ('dense', 'banded')
 LARGEST = 2**20  # of a size: what is larger is a slip of the keyboard
 # Every knob of a training config, by group: no other is taken, and none may be left out.
 KNOBS = {
-  '': 'workdir seed train_tokens profile',
+  '': 'workdir hosts seed train_tokens profile',
   'model': 'n_layers d_model n_heads d_head d_ff context vocab_size pattern window dropout',
   'data': 'sources prefetch',
   'batch': 'sequences ramp_from ramp_step ramp_tokens',

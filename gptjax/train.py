@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -17,8 +17,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptjax import checkpoint, files, flags, metrics, schedule, sharding
-from gptjax.config import Run, resolve
+from gptjax import checkpoint, files, flags, hosts, metrics, schedule, sharding
+from gptjax.config import Run, check_knobs, resolve
 from gptjax.data import dataset, loader, tokenizer
 from gptjax.data.corpora import Corpora, open_all
 from gptjax.data.mixture import Mixture, Stage
@@ -29,8 +29,16 @@ SMALLER = 'more devices with --config.mesh.fsdp, or a smaller model'
 
 def main(config: ConfigDict) -> None:
   """Trains to `train_tokens`, from the last checkpoint in the workdir if there is one."""
+  check_knobs(config)
+  hosts.join(config.hosts)
   with told_as('devices', 'one that JAX finds', 'another JAX_PLATFORMS', RuntimeError):
     devices = jax.devices()
+  with hosts.leaving_at_once():
+    train(config, devices)
+
+
+def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
+  """The same, once all processes are there."""
   run = resolve(config, devices)
   corpora = open_all(config.data.sources, run.program.shape)
   if config.log.wandb:
@@ -46,13 +54,17 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
   (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK):
     raise PermissionError('not writable')
-  reached = metrics.reached(workdir)
+  commit = git_commit()
   saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
   with contextlib.closing(saved_in) as checkpoints, told_from_where(checkpoints):
     start, taken, starts, stages, changed = checkpoints.latest() or 0, 0, [], [], []
     names = {}
     known = lambda: checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity(names)})
     settings = known()
+    # Before the first process changes anything that the others still look at.
+    reached = metrics.reached(workdir)
+    alike = {name: value for name, value in settings.items() if name != 'hosts'}
+    hosts.check_alike(alike | {'start': start, 'commit': commit}, workdir)
     if start:
       with checkpoints.damage_told(start):
         saved = checkpoints.record(start)
@@ -66,17 +78,17 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
     if not stages or stages[-1].weights != corpora.stage:
       stages.append(Stage(start, corpora.stage))
     mixed = Mixture(stages)
-    print(describe(run, corpora, mixed, start, taken), flush=True)
+    hosts.say(describe(run, corpora, mixed, start, taken))
     for change in changed:
       told = '{setting} was {before}, is {after} from here on'.format_map(change)
-      print(f'change   {told}', flush=True)
+      hosts.say(f'change   {told}')
     if start and reached < start:
-      print(f'metrics  none from sequence {reached:,} to {start:,}: {metrics.FILE} was cut')
+      hosts.say(f'metrics  none from sequence {reached:,} to {start:,}: {metrics.FILE} was cut')
     if start >= run.ramp.total:
-      print(f'nothing is left to train: {start:,} of {run.ramp.total:,} sequences', flush=True)
-      print(verdict(workdir, corpora))
+      hosts.say(f'nothing is left to train: {start:,} of {run.ramp.total:,} sequences')
+      hosts.say(verdict(workdir, corpora))
       return
-    starts = [*starts, {'sequences': start, 'git': git_commit(), 'changes': changed}]
+    starts = [*starts, {'sequences': start, 'git': commit, 'changes': changed}]
     record = {
       'settings': settings,
       'starts': starts,
@@ -90,16 +102,21 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
       else:
         with told_as('memory', 'enough for the state', SMALLER, jax.errors.JaxRuntimeError):
           state = jax.jit(lambda: run.program.init(jax.random.key(config.seed)))()
-      write_record(workdir, config, record, corpora.first)
+      if hosts.first():
+        write_record(workdir, config, record, corpora.first)
       with (
         metrics.MetricsWriter(
           workdir,
           resume_at=start,
           tensorboard=config.log.tensorboard,
           wandb_project=config.log.wandb,
+          enabled=hosts.first(),
         ) as writer,
         metrics.ProgressBar(
-          run.ramp.total, start, run.program.shape.context, enabled=config.log.progress
+          run.ramp.total,
+          start,
+          run.program.shape.context,
+          enabled=config.log.progress and hosts.first(),
         ) as bar,
       ):
         if stages[-1].start == start:
@@ -110,7 +127,8 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
         clock = lambda step: {'sequences': step.end, 'step': step.number}
         save = lambda step, state: checkpoints.save(step.end, state, record | clock(step))
         trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
-  print(verdict(workdir, corpora))
+  if hosts.first():
+    print(verdict(workdir, corpora))
 
 
 @contextlib.contextmanager
@@ -310,7 +328,8 @@ def describe(run: Run, corpora: Corpora, mixed: Mixture, start: int, taken: int)
     'batch': f'{ramped} sequences in {rungs}, in slices of {run.microbatch}; '
     f'{surplus / computed:.2%} of rows computed only fill up slices',
     'mesh': ' · '.join(f'{axis} {size}' for axis, size in run.mesh.items())
-    + f' on {jax.devices()[0].device_kind}',
+    + f' on {jax.devices()[0].device_kind}'
+    + f', {hosts.described()}' * (jax.process_count() > 1),
     'compute': f'{numerics.dtype.name}, remat {numerics.remat}, '
     f'attention {numerics.attend.__name__}',
   }

@@ -40,6 +40,7 @@ FLOORS = {
   'data.reading': 2.5,
   'data.corpora': 2.5,
   'pipeline': 2,
+  'hosts': 0.5,
   'checkpoint': 2,
   'step': 3,
   'config': 3.5,

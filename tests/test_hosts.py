@@ -1,0 +1,151 @@
+"""Processes that train together are one run, and when one ends the others do."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from gptjax import hosts, train
+from gptjax.errors import Mistake
+from tests.conftest import ROOT
+from tests.runs import args, config
+
+LAUNCH = str(ROOT / 'launch' / 'local_processes.sh')
+
+
+@pytest.fixture
+def together(start_python):
+  """`together(processes, devices, args)` starts the launch script on a free port."""
+  started = []
+
+  def start(processes, devices, program):
+    flags = program[2:]  # without -m gptjax.train, which the script says itself
+    environment = os.environ | {'PYTHON': os.sys.executable, 'PYTHONPATH': str(ROOT)}
+    environment.pop('XLA_FLAGS')
+    process = subprocess.Popen(
+      [LAUNCH, str(processes), str(devices), *map(str, flags)],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    )
+    started.append(process)
+    return process
+
+  yield start
+  for process in started:
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
+      process.communicate()
+
+
+def finished(process, code=0, timeout=300):
+  out, err = process.communicate(timeout=timeout)
+  assert process.returncode == code, err[-4000:]
+  return out, err
+
+
+def records(workdir, kind='train'):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [r for r in map(json.loads, lines) if r['kind'] == kind]
+
+
+def test_two_processes_are_one_run_that_one_goes_on_with(straight, corpus, tmp_path, together):
+  """Each step and each line of metrics once, the losses those of one process on one device."""
+  half = {'train_tokens': 1024.0, 'mesh__fsdp': 2, 'mesh__tensor': 2}
+  out, _ = finished(together(2, 2, args(tmp_path, corpus, **half)))
+  assert out.count('model    26,400 parameters') == 1 and out.count('held-out loss') == 1
+  assert 'tensor 2 on cpu, 2 processes of 2 devices' in out
+  train.main(config(tmp_path, corpus, train_tokens=2048.0, resume__accept_changes=True))
+  got = records(tmp_path)
+  wanted = [r for r in records(straight[0]) if r['sequences'] <= 64]
+  assert len(got) == len(wanted) > 5 and got[-1]['sequences'] == 64
+  clock = lambda records: [(r['step'], r['sequences'], r['batch'], r['lr']) for r in records]
+  assert clock(got) == clock(wanted)
+  for a, b in zip(got, wanted, strict=True):
+    assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'mesh', [{'mesh__data': 4}, {'mesh__fsdp': 4}, {'mesh__tensor': 4}, {'mesh__stage': 2}]
+)
+def test_any_axis_may_cross_the_processes(corpus, tmp_path, together, mesh):
+  settings = {'train_tokens': 2048.0, 'model__n_layers': 4}
+  train.main(config(tmp_path / 'one', corpus, mesh__data=8, **settings))
+  finished(together(4, 1, args(tmp_path / 'four', corpus, **settings, **mesh)))
+  for kind in ('train', 'validation'):
+    got, want = (records(tmp_path / name, kind) for name in ('four', 'one'))
+    assert [r['sequences'] for r in got] == [r['sequences'] for r in want]
+    for a, b in zip(got, want, strict=True):
+      assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_named_and_a_relaunch_goes_on(corpus, tmp_path, together):
+  settings = {'mesh__fsdp': 2, 'train_tokens': 6144.0}
+  finished(together(2, 1, args(tmp_path / 'straight', corpus, **settings)))
+  process = together(2, 1, args(tmp_path / 'run', corpus, **settings))
+  path = tmp_path / 'run' / 'metrics.jsonl'
+  while not path.exists() or len(path.read_text().splitlines()) < 8:
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.02)
+  ranks = psutil.Process(process.pid).children()
+  (second,) = [p for p in ranks if any(w.endswith(',2,1') for w in p.cmdline())]
+  second.kill()
+  _, err = finished(process, code=137, timeout=60)  # and not after minutes at a barrier
+  assert 'process 1 ended first, with code 137' in err
+  assert not psutil.wait_procs(ranks, timeout=10)[1]
+  finished(together(2, 1, args(tmp_path / 'run', corpus, **settings)))
+  got, want = records(tmp_path / 'run'), records(tmp_path / 'straight')
+  bits = lambda records: [(r['sequences'], r['loss'], r['grad_norm'], r['lr']) for r in records]
+  assert bits(got) == bits(want)
+
+
+def test_processes_that_differ_are_refused(corpus, tmp_path, free_port, start_python):
+  at = f'127.0.0.1:{free_port()},2'
+  processes = [
+    start_python(args(tmp_path, corpus, hosts=f'{at},{i}', seed=i, mesh__fsdp=2)) for i in range(2)
+  ]
+  for i, process in enumerate(processes):
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    told = f'error: process {i} of 2: processes: got another config or another version of the code'
+    assert told in err and 'in [1], wanted the same as in process 0' in err
+  assert not (tmp_path / 'metrics.jsonl').exists()
+
+
+@pytest.mark.parametrize('where', ['', 'nowhere', '10.0.0.1,2,0', '10.0.0.1:80,2,2', 'a:1,2'])
+def test_what_names_no_hosts_is_told(where):
+  with pytest.raises(Mistake, match="hosts: got '.*', wanted 'auto', 'one' or 'address:port"):
+    hosts.join(where)
+
+
+def test_hosts_that_cannot_be_reached_are_told(run_python, free_port):
+  code = f"""
+from gptjax import errors, hosts
+hosts.JOIN_SECONDS = 3
+with errors.told_plainly():
+  hosts.join('127.0.0.1:{free_port()},2,1')
+"""
+  done = run_python(code, timeout=120, code=2)
+  assert "error: hosts '127.0.0.1:" in done.stderr and 'within 3 s' in done.stderr
+
+
+def test_a_dry_run_says_what_would_run():
+  environment = os.environ | {'PYTHON': 'python', 'PORT': '1234'}
+  command = [LAUNCH, '--dry-run', '2', '4', '--config=configs/tiny.py']
+  told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+  assert told.stdout.splitlines() == [
+    '+ XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m gptjax.train '
+    f'--config=configs/tiny.py --config.hosts=127.0.0.1:1234,2,{i} &'
+    for i in range(2)
+  ]
+  wrong = subprocess.run([LAUNCH, 'two'], capture_output=True, text=True, check=False)
+  assert wrong.returncode == 2 and 'wanted PROCESSES DEVICES' in wrong.stderr
