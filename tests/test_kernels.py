@@ -359,15 +359,16 @@ def test_largest_blocks_fit_every_kind_of_tpu(topology, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('machine', aot.TOPOLOGY)
-def test_a_training_step_compiles_to_the_kernel(machine):
-  """125m with one period of its layers, over data, fsdp and tensor."""
+@pytest.mark.parametrize('stages', [1, 2])
+def test_a_training_step_compiles_to_the_kernel(machine, stages):
+  """125m with one period of its layers a stage, over data, fsdp and tensor, or stages of those."""
   devices = devices_or_skip(machine)
   row, L = sizes.GPT3['125m'], 2048
   D, H, K = row.d_model, row.n_heads, row.d_head
-  two = Shape(2, D, H, K, 4 * D, L, 50257, (None, 256))
-  attend = kernels.choose('auto', devices, two, jnp.bfloat16, 0.0)
-  program = small.program(two, 512, dtype=jnp.dtype('bfloat16'), attend=attend, remat='dots')
-  with jax.set_mesh(sharding.make_mesh(2, 2, 2, devices)):
+  few = Shape(2 * stages, D, H, K, 4 * D, L, 50257, (None, 256))
+  attend = kernels.choose('auto', devices, few, jnp.bfloat16, 0.0)
+  program = small.program(few, 512, dtype=jnp.dtype('bfloat16'), attend=attend, remat='dots')
+  with jax.set_mesh(sharding.make_mesh(2 // stages, 2, 2, devices, stage=stages)):
     layout = jax.NamedSharding(jax.sharding.get_mesh(), sharding.computed('gbl'))
     token_gbl = jax.ShapeDtypeStruct((2, 4, L + 1), jnp.uint16, sharding=layout)
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
