@@ -123,17 +123,17 @@ def prepare(
     told_as('a worker', 'memory for one shard a worker', memory, BrokenProcessPool),
     engine as run,
   ):
-    if not there:  # first, so that a place where nothing can be made costs no reading
-      work.mkdir(parents=True, exist_ok=True)
-      if not (work / NOTE).exists() and any(work.iterdir()):
-        fix = 'moving it away, or another --config.out'
-        raise mistake(work, 'something else', 'unfinished work or nothing', fix)
+    if there:
+      _refuse_unlike(out, _asked(recipe, given, _hashed(source, run)))
+      return dataset.describe(out), False
+    # First, so that a place where nothing can be made costs no reading.
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / NOTE).exists() and any(work.iterdir()):
+      fix = 'moving it away, or another --config.out'
+      raise mistake(work, 'something else', 'unfinished work or nothing', fix)
     try:
       digests = _hashed(source, run)
       asked = _asked(recipe, given, digests)
-      if there:
-        _refuse_unlike(out, asked)
-        return dataset.describe(out), False
       # Parts are dealt in the order of files' names, which may be others now.
       _take_over(work, asked | {'order': digests})
       _make(recipe, source, given, asked, str(work), run)

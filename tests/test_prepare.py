@@ -273,6 +273,10 @@ def test_what_is_not_ours_is_left_alone(tmp_path, folder):
   done = run(source=folder, out=tmp_path / 'out')
   assert done.returncode == 2 and 'wanted unfinished work or nothing' in done.stderr
   assert os.listdir(mine) == ['thesis.txt']
+  # Nor where the mistake is another one.
+  (tmp_path / 'out').write_text('')
+  assert run(source=folder, out=tmp_path / 'out').returncode == 2
+  assert os.listdir(mine) == ['thesis.txt']
   (tmp_path / 'empty').mkdir()
   (tmp_path / 'link').symlink_to(tmp_path / 'empty')
   assert run(source=folder, out=tmp_path / 'link').returncode == 0
