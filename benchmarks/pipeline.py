@@ -69,8 +69,7 @@ def memory(a: argparse.Namespace, program: Program) -> None:
 
 def bubble(a: argparse.Namespace, program: Program) -> None:
   """Prints the time of a batch by its slices, and the ticks that are lost in each."""
-  layout = jax.tree.map(lambda p: p.sharding, program.abstract_state())
-  state = jax.jit(lambda: program.init(jax.random.key(0)), out_shardings=layout)()
+  params = jax.jit(lambda: program.init(jax.random.key(0)))()['params']
   most = max(SLICES)
   random = np.random.default_rng(0)
   shape = (most, a.fsdp, a.context + 1)
@@ -81,7 +80,7 @@ def bubble(a: argparse.Namespace, program: Program) -> None:
   print(f'{"slices":>8}{"s":>12}')
   for slices in SLICES:
     rows = np.int32(slices * a.fsdp)
-    took.append(seconds(lambda: run(state['params'], token_gbl, 0, rows), a.repeats))  # noqa: B023
+    took.append(seconds(lambda: run(params, token_gbl, 0, rows), a.repeats))  # noqa: B023
     print(f'{slices:8}{took[-1]:12.3f}', flush=True)
   tick, rest = np.polyfit(SLICES, took, 1)
   S = a.stages

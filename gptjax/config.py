@@ -89,7 +89,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     ('save.keep', config.save.keep, 1),
   ):
     found.keep(_at_least, name, value, least)
-  found.keep(_seed, config.seed)
+  found.keep(check_seed, config.seed)
   profile = found.keep(_profile, config.profile)
   raise_all(found.mistakes)
   sequences = lambda tokens: schedule.to_sequences(tokens, shape.context)
@@ -156,7 +156,8 @@ def _workdir(workdir):
     workdir.encode()
 
 
-def _seed(seed):
+def check_seed(seed: int) -> None:
+  """Raises for a seed that JAX would cut."""
   _at_least('seed', seed, 0)
   if seed >= 2**32:  # JAX would keep the lower 32 bits for the weights, Grain more for the order
     raise mistake('seed', seed, 'less than 4294967296', '--config.seed=0')

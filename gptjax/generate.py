@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from gptjax import checkpoint, flags, sharding
-from gptjax.config import check_knobs, resolve
+from gptjax.config import check_knobs, check_seed, resolve
 from gptjax.data import tokenizer
 from gptjax.errors import mistake, told_as
 from gptjax.step import Program
@@ -27,8 +27,7 @@ def main(config: ConfigDict) -> None:
   with told_as('prompt', 'UTF-8 text', 'another --config.prompt', UnicodeError):
     config.prompt.encode()
   workdir = epath.Path(config.workdir)
-  if not 0 <= config.seed < 2**32:
-    raise mistake('seed', config.seed, 'from 0 to 4294967295', '--config.seed=0')
+  check_seed(config.seed)
   if '://' in config.workdir or not (workdir / 'config.json').exists():
     got = f'{config.workdir}, without a config.json'
     raise mistake(
@@ -36,9 +35,8 @@ def main(config: ConfigDict) -> None:
     )
   with told_as(workdir / 'config.json', 'the config of a run', 'training on writes it', Exception):
     trained = ConfigDict(json.loads((workdir / 'config.json').read_text()))
-  # One device is enough for one row, however many the run was trained on.
-  with told_as(workdir / 'config.json', 'the config of a run', 'training on writes it', Exception):
     check_knobs(trained)
+    # One device is enough for one row, however many the run was trained on.
     trained.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1, 'stage': 1})
     trained.compute.microbatch = 1
     trained.compute.attention = 'chunked'  # any machine has it, whatever the run was trained on

@@ -84,11 +84,9 @@ def say(*words: object) -> None:
 
 
 def described() -> str:
-  """The processes, for people."""
+  """The processes, for people; '' for one."""
   count = jax.process_count()
-  if count == 1:
-    return ''
-  return f'{count} processes of {jax.local_device_count()} devices'
+  return f'{count} processes of {jax.local_device_count()} devices' if count > 1 else ''
 
 
 @contextlib.contextmanager
@@ -97,22 +95,22 @@ def leaving_at_once() -> Iterator[None]:
 
   JAX would wait for them at its exit, and they for this one in a collective.
   """
+  if jax.process_count() == 1:
+    yield
+    return
+  name = f'process {jax.process_index()} of {jax.process_count()}'
   try:
     yield
-  except BaseException as e:
-    if jax.process_count() == 1:
-      raise
-    name = f'process {jax.process_index()} of {jax.process_count()}'
-    if isinstance(e, Mistake):
-      print(f'error: {name}: {e}', file=sys.stderr)
-    elif isinstance(e, KeyboardInterrupt):
-      print(f'{name}: interrupted', file=sys.stderr)
-    else:
-      traceback.print_exc()
-      print(f'{name} ended', file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(2 if isinstance(e, Mistake) else 130 if isinstance(e, KeyboardInterrupt) else 1)
+    return
+  except Mistake as e:
+    told, code = f'error: {name}: {e}', 2
+  except KeyboardInterrupt:
+    told, code = f'{name}: interrupted', 130
+  except BaseException:
+    told, code = f'{traceback.format_exc()}{name} ended', 1
+  print(told, file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(code)
 
 
 def check_alike(about: dict, workdir: epath.Path) -> None:

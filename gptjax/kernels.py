@@ -153,11 +153,11 @@ def _by_device(run, like_q, *kept, keeps=False):
 
   What is kept, and with `keeps` run's second result, is a device's own affair, whatever it is.
   """
-  on_its_own = lambda tree, index: jax.tree.map(lambda a: a[index], tree)
+  at = lambda tree, index: jax.tree.map(lambda a: a[index, index], tree)
 
   def own(like_q, kept):
-    made = run(*like_q, *on_its_own(kept, 0))
-    return (made[0], on_its_own(made[1], None)) if keeps else made
+    made = run(*like_q, *at(kept, 0))
+    return (made[0], at(made[1], None)) if keeps else made
 
   def over_devices(like_q, kept):
     split = jax.typeof(like_q[0]).sharding.spec
@@ -166,8 +166,7 @@ def _by_device(run, like_q, *kept, keeps=False):
     each = own
     for _ in outer:
       each = jax.vmap(each)
-    names = [(axes,) if isinstance(axes, str) else axes or () for axes in (b, h)]
-    apart = P(*outer, sum(names, ()) or None)  # a dim for the devices
+    apart = P(*outer, b, h)  # a dim for each of the two along which devices differ
     # check_vma: JAX cannot see over which axes the result of a kernel varies.
     mapped = jax.shard_map(
       each,

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -58,18 +58,15 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
   saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
   with contextlib.closing(saved_in) as checkpoints, told_from_where(checkpoints):
     start, taken, starts, stages, changed = checkpoints.latest() or 0, 0, [], [], []
-    names = {}
-    known = lambda: checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity(names)})
-    settings = known()
+    settings, names = settings_of(config, corpora, {}), {}
     # Before the first process changes anything that the others still look at.
     reached = metrics.reached(workdir)
-    alike = {name: value for name, value in settings.items() if name != 'hosts'}
-    hosts.check_alike(alike | {'start': start, 'commit': commit}, workdir)
+    hosts.check_alike(settings | {'hosts': '', 'start': start, 'commit': commit}, workdir)
     if start:
       with checkpoints.damage_told(start):
         saved = checkpoints.record(start)
         names = dict(saved['names'])
-        settings = known()
+        settings = settings_of(config, corpora, names)
         changed = checkpoint.changes(saved['settings'], settings, config.resume.accept_changes)
         taken, starts = operator.index(saved['step']), [*saved['starts']]
         stages = [Stage(**stage) for stage in saved['stages']]
@@ -86,7 +83,8 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
       hosts.say(f'metrics  none from sequence {reached:,} to {start:,}: {metrics.FILE} was cut')
     if start >= run.ramp.total:
       hosts.say(f'nothing is left to train: {start:,} of {run.ramp.total:,} sequences')
-      hosts.say(verdict(workdir, corpora))
+      if hosts.first():
+        print(verdict(workdir, corpora))
       return
     starts = [*starts, {'sequences': start, 'git': commit, 'changes': changed}]
     record = {
@@ -129,6 +127,11 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
         trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
   if hosts.first():
     print(verdict(workdir, corpora))
+
+
+def settings_of(config: ConfigDict, corpora: Corpora, names: Mapping[str, str]) -> dict:
+  """What a checkpoint knows of a run, flat, with the names that its corpora had before."""
+  return checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity(names)})
 
 
 @contextlib.contextmanager
@@ -328,8 +331,8 @@ def describe(run: Run, corpora: Corpora, mixed: Mixture, start: int, taken: int)
     'batch': f'{ramped} sequences in {rungs}, in slices of {run.microbatch}; '
     f'{surplus / computed:.2%} of rows computed only fill up slices',
     'mesh': ' · '.join(f'{axis} {size}' for axis, size in run.mesh.items())
-    + f' on {jax.devices()[0].device_kind}'
-    + f', {hosts.described()}' * (jax.process_count() > 1),
+    + ' on '
+    + ', '.join(filter(None, (jax.devices()[0].device_kind, hosts.described()))),
     'compute': f'{numerics.dtype.name}, remat {numerics.remat}, '
     f'attention {numerics.attend.__name__}',
   }

@@ -140,17 +140,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope='session')
 def texts() -> list[str]:
   """Real documents of many sizes, all different."""
-  from tests import texts
+  from tests.texts import documents
 
-  return texts.documents()
+  return documents()
 
 
 @pytest.fixture(scope='session', params=['bytes', 'train'])
 def packed(request, texts, tmp_path_factory):
   """A described corpus of `texts`, by each kind of tokenizer."""
-  from tests import texts as small
+  from tests.texts import make
 
-  return small.make(tmp_path_factory.mktemp('packed'), texts, tokenizer=request.param)
+  return make(tmp_path_factory.mktemp('packed'), texts, tokenizer=request.param)
 
 
 @pytest.fixture(scope='session')

@@ -1,14 +1,14 @@
 """A corpus, a config and a command line small enough for real runs in seconds."""
 
-import dataclasses
 import json
 import pathlib
 import signal
 import subprocess
 
 from configs import tiny
-from gptjax import prepare, schedule, sharding, train
-from gptjax.data import engines, loader, shards
+from gptjax import metrics, schedule, sharding, train
+from gptjax.data import loader, shards
+from tests import texts
 
 CONTEXT = 32
 # Small enough for seconds, with all of the recipe: a ramp of three rungs, warm-up and cosine.
@@ -49,21 +49,8 @@ def make_corpus(folder: pathlib.Path, modules=MODULES, **knobs) -> str:
     parts = pathlib.Path(module.__file__).read_text(encoding='utf-8').split('\n\n\n')
     for i, part in enumerate(parts):
       (text / f'{name}_{i}.txt').write_text(part)
-  recipe = prepare.Recipe(
-    source=str(text),
-    text_column='text',
-    context=CONTEXT,
-    tokenizer='bytes',
-    vocab_size=257,
-    seed=0,
-    validation_fraction=0.1,
-    shards=2,
-    on_bad_text='raise',
-  )
-  recipe = dataclasses.replace(recipe, **knobs)
-  prepared = folder / 'prepared'
-  prepare.prepare(recipe, str(prepared), engines.processes(1))
-  return str(prepared)
+  mine = {'context': CONTEXT, 'vocab_size': 257, 'seed': 0, 'validation_fraction': 0.1, 'shards': 2}
+  return texts.prepared(text, folder / 'prepared', **mine | knobs).folder
 
 
 def dotted(settings):
@@ -83,3 +70,10 @@ def args(workdir, corpus, **settings):
   settings = SETTINGS | {'workdir': workdir, 'data.sources': corpus} | dotted(settings)
   flags = [f'--config.{name}={value}' for name, value in settings.items()]
   return ['-m', 'gptjax.train', '--config=configs/tiny.py', *flags]
+
+
+def records(workdir, kind='train'):
+  """Of the metrics of a run, without what depends on the machine's speed."""
+  timed = ('seconds', 'tokens_per_second', 'mfu', 'peak_bytes')
+  timeless = lambda r: {k: v for k, v in r.items() if k not in timed}
+  return [timeless(r) for r in metrics.read(workdir) if r['kind'] == kind]

@@ -1,9 +1,9 @@
 """Processes that train together are one run, and when one ends the others do."""
 
-import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import psutil
@@ -12,19 +12,19 @@ import pytest
 from gptjax import hosts, train
 from gptjax.errors import Mistake
 from tests.conftest import ROOT
-from tests.runs import args, config
+from tests.runs import args, config, records
 
 LAUNCH = str(ROOT / 'launch' / 'local_processes.sh')
 
 
 @pytest.fixture
-def together(start_python):
+def together():
   """`together(processes, devices, args)` starts the launch script on a free port."""
   started = []
 
   def start(processes, devices, program):
     flags = program[2:]  # without -m gptjax.train, which the script says itself
-    environment = os.environ | {'PYTHON': os.sys.executable, 'PYTHONPATH': str(ROOT)}
+    environment = os.environ | {'PYTHON': sys.executable, 'PYTHONPATH': str(ROOT)}
     environment.pop('XLA_FLAGS')
     process = subprocess.Popen(
       [LAUNCH, str(processes), str(devices), *map(str, flags)],
@@ -49,11 +49,6 @@ def finished(process, code=0, timeout=300):
   out, err = process.communicate(timeout=timeout)
   assert process.returncode == code, err[-4000:]
   return out, err
-
-
-def records(workdir, kind='train'):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [r for r in map(json.loads, lines) if r['kind'] == kind]
 
 
 def test_two_processes_are_one_run_that_one_goes_on_with(straight, corpus, tmp_path, together):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import pipeline
 from gptjax import attention, kernels
 from gptjax.step import Batch
 from tests import small
@@ -136,15 +137,7 @@ def test_memory_does_not_grow_with_the_slices(dtype):
   cut = program(dropout=0.0, dtype=jnp.dtype(dtype), remat='full')
 
   def held(slices, schedule):
-    params = cut.abstract_state()['params']
-    token_gbl = small.put(small.rows(slices, B))
-    count = slices * B
-    loss = lambda params, token_gbl: cut.forward_loss(params, Batch(token_gbl, 0, count), slices)
-    run = {
-      '1f1b': lambda params, token_gbl: cut.gradients(params, token_gbl, 0, jnp.int32(count)),
-      'gpipe': jax.grad(loss),
-    }[schedule]
-    compiled = jax.jit(run).lower(params, token_gbl).compile()
+    compiled = pipeline.lowered(cut, schedule, slices, B).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   with on(4, 2, 1, 1):

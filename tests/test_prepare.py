@@ -24,8 +24,8 @@ import zstandard
 from gptjax import prepare
 from gptjax.data import dataset, engines
 from gptjax.errors import Mistake
-from gptjax.prepare import Recipe
 from tests.test_sources import json_lines
+from tests.texts import RECIPE
 
 ROOT = pathlib.Path(prepare.__file__).parents[1]
 # Small and quick unless a test says otherwise.
@@ -236,7 +236,7 @@ def test_interrupted_run_is_gone_on_with(tmp_path):
 
 def test_a_part_is_gone_on_with_only_while_the_files_are_dealt_alike(tmp_path, folder):
   """The same files under names in another order: parts that were read are not what they were."""
-  recipe = Recipe(str(folder), 'text', 32, 'bytes', 1, 0, 0.2, 2, 'raise')
+  recipe = dataclasses.replace(RECIPE, source=str(folder))
   engine = lambda: engines.processes(1)
   want, _ = prepare.prepare(recipe, str(tmp_path / 'straight'), engine())
 

@@ -15,20 +15,13 @@ import pytest
 from jax._src.array import ArrayImpl
 
 from configs import tiny
-from gptjax import checkpoint, metrics, schedule, sharding, train
+from gptjax import checkpoint, schedule, sharding, train
 from gptjax.config import resolve
 from gptjax.data import corpora, dataset, loader, mixture
 from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import Mistake
 from tests import small
-from tests.runs import CONTEXT, SETTINGS, args, config, make_corpus
-
-
-def records(workdir, kind='train'):
-  timeless = lambda r: {
-    k: v for k, v in r.items() if k not in ('seconds', 'tokens_per_second', 'mfu', 'peak_bytes')
-  }
-  return [timeless(r) for r in metrics.read(workdir) if r['kind'] == kind]
+from tests.runs import CONTEXT, SETTINGS, args, config, make_corpus, records
 
 
 def state_of(workdir):

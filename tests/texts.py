@@ -10,7 +10,7 @@ from gptjax.data import engines
 
 STDLIB = pathlib.Path(argparse.__file__).parent
 RECIPE = prepare.Recipe(
-  source='given by make()',
+  source='given by prepared()',
   text_column='text',
   context=64,
   tokenizer='bytes',
@@ -36,10 +36,14 @@ def write(folder, texts, name='a.jsonl'):
   return str(folder)
 
 
-def make(tmp_path, texts, workers=1, name='out', **knobs):
-  """A corpus, made."""
-  source = write(tmp_path / 'source', texts)
-  recipe = dataclasses.replace(RECIPE, source=source, **knobs)
-  corpus, made = prepare.prepare(recipe, str(tmp_path / name), engines.processes(workers))
+def prepared(source, out, workers=1, **knobs):
+  """A corpus of the text in a folder, made."""
+  recipe = dataclasses.replace(RECIPE, source=str(source), **knobs)
+  corpus, made = prepare.prepare(recipe, str(out), engines.processes(workers))
   assert made
   return corpus
+
+
+def make(tmp_path, texts, workers=1, name='out', **knobs):
+  """A corpus of these texts, made."""
+  return prepared(write(tmp_path / 'source', texts), tmp_path / name, workers, **knobs)

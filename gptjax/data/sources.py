@@ -222,7 +222,7 @@ def _find_files(source: str) -> tuple[list[str], collections.Counter[str]]:
 
 def _is_file(path: epath.Path) -> bool:
   # epath takes a pipe for one, which would be waited for.
-  return path.is_file() and ('://' in str(path) or os.path.isfile(path))
+  return path.is_file() if '://' in str(path) else os.path.isfile(path)
 
 
 def _glob(pattern: str) -> list[str]:
