@@ -1,23 +1,30 @@
 #!/usr/bin/env bash
 # GPT-3 Small on one GPU, for some minutes: text, tokenizer, bf16 training, validation, curve.
 #
-#   launch/gpu_smoke.sh [--config.batch.sequences=… and any other flag of gptjax.train]
+#   launch/gpu_smoke.sh [--dry-run] [--config.batch.sequences=… and other flags of gptjax.train]
 #
-# Wants an environment with gptjax and a JAX that sees the GPU (pip install -e '.[cuda12]' or
-# '.[cuda13]'); PYTHON names its interpreter.
+# Wants what launch/gpu.sh wants.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 
+dry=
+if [ "${1:-}" = --dry-run ]; then
+  dry=1
+  shift
+fi
+
 run() {
-  echo "+ $*"
-  "$@"
+  printf '+'
+  printf ' %q' "$@"
+  echo
+  [ "$dry" ] || "$@"
 }
 
 # Not every size of vocabulary can be learned from the standard library's 12 MB: 32768 can.
 run "$PYTHON" -m gptjax.prepare --config=configs/corpus.py --config.source=stdlib \
   --config.out=data/stdlib-2048 --config.vocab_size=32768
-run "$PYTHON" -m gptjax.train --config=configs/gpt3.py:125m --config.workdir=runs/gpu-smoke \
+run launch/gpu.sh --config=configs/gpt3.py:125m --config.workdir=runs/gpu-smoke \
   --config.data.sources=data/stdlib-2048 --config.model.vocab_size=32768 \
   --config.train_tokens=10e6 --config.lr.warmup_tokens=1e6 --config.lr.decay_tokens=10e6 \
   --config.batch.sequences=32 --config.batch.ramp_tokens=2e6 --config.compute.microbatch=8 \

@@ -28,7 +28,9 @@ pids=()
 for ((i = 0; i < processes; i++)); do
   command=("$PYTHON" -m gptjax.train "$@" "--config.hosts=127.0.0.1:$port,$processes,$i")
   if [ "$dry" ]; then
-    echo "+ XLA_FLAGS=--xla_force_host_platform_device_count=$devices ${command[*]} &"
+    printf '+ JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=%s' "$devices"
+    printf ' %q' "${command[@]}"
+    echo ' &'
   else
     "${command[@]}" </dev/null &
     pids+=($!)
@@ -40,12 +42,12 @@ trap 'kill -INT "${pids[@]}" 2>/dev/null' INT TERM
 code=0
 left=$processes
 while [ "$left" -gt 0 ] && [ "$code" = 0 ]; do
-  wait -n -p done || code=$?
+  wait -n -p ended || code=$?
   left=$((left - 1))
 done
 if [ "$code" != 0 ]; then
   for i in "${!pids[@]}"; do
-    [ "${pids[$i]}" = "${done:-}" ] && echo "process $i ended first, with code $code" >&2
+    [ "${pids[$i]}" = "${ended:-}" ] && echo "process $i ended first, with code $code" >&2
   done
   sleep 2 # for what the others have to say of it
   kill -KILL "${pids[@]}" 2>/dev/null || true

@@ -131,16 +131,3 @@ with errors.told_plainly():
 """
   done = run_python(code, timeout=120, code=2)
   assert "error: hosts '127.0.0.1:" in done.stderr and 'within 3 s' in done.stderr
-
-
-def test_a_dry_run_says_what_would_run():
-  environment = os.environ | {'PYTHON': 'python', 'PORT': '1234'}
-  command = [LAUNCH, '--dry-run', '2', '4', '--config=configs/tiny.py']
-  told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-  assert told.stdout.splitlines() == [
-    '+ XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m gptjax.train '
-    f'--config=configs/tiny.py --config.hosts=127.0.0.1:1234,2,{i} &'
-    for i in range(2)
-  ]
-  wrong = subprocess.run([LAUNCH, 'two'], capture_output=True, text=True, check=False)
-  assert wrong.returncode == 2 and 'wanted PROCESSES DEVICES' in wrong.stderr

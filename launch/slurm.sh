@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Trains on the GPUs of several machines under SLURM: one process a node, with all GPUs of the node.
+#
+#   launch/slurm.sh [--dry-run] [flags of sbatch, as --NAME=VALUE] --config=… [any of gptjax.train]
+#
+# For example:
+#
+#   launch/slurm.sh --nodes=4 --partition=gpu --time=24:00:00 --config=configs/gpt3.py:6.7b \
+#     --config.workdir=runs/6.7b --config.data.sources=data/corpus --config.mesh.fsdp=32
+#
+# Submits itself; the log is runs/slurm-JOB.log. In a job that is there (salloc) it trains at once.
+# Where a node fails or the job is preempted, SLURM starts it again, and it goes on from its last
+# checkpoint. Wants this repository, the workdir, the corpora and an environment with gptjax and a
+# JAX for the GPU in folders that all nodes see; PYTHON names the interpreter.
+#SBATCH --job-name=gptjax
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+# SLURM runs a copy of this file that lies elsewhere, in the folder where sbatch was.
+[ "${SLURM_JOB_ID:-}" ] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+mistake() {
+  echo "error: $1; try ${2:-launch/slurm.sh --nodes=2 --config=configs/gpt3.py:125m …}" >&2
+  exit 2
+}
+
+dry='' flags=()
+while [[ "${1:-}" == --* && "$1" != --config=* ]]; do
+  case $1 in
+    --dry-run) dry=1 ;;
+    *) flags+=("$1") ;;
+  esac
+  shift
+done
+[[ "${1:-}" == --config=* ]] || mistake "got '${1:-}', wanted --NAME=VALUE … --config=…"
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  [ "$dry" ] || mkdir -p runs # a job whose log has no folder ends and says nothing
+  command=(sbatch --output=runs/slurm-%j.log "${flags[@]}" launch/slurm.sh "$@")
+else
+  gpus=${SLURM_GPUS_ON_NODE:-0}
+  [ "${#flags[@]}" = 0 ] || mistake "got '${flags[*]}' in a job, wanted --config=… first" salloc
+  [ -f gptjax/train.py ] || mistake "got $PWD, wanted the repository" "sbatch from its root"
+  [ "$gpus" -gt 0 ] || mistake "got a job without GPUs, wanted some" "sbatch --gpus-per-node=8"
+  # Under SLURM, JAX gives each process one GPU unless told which: numbers among those of the job.
+  # The first process that fails ends all. A process may use every core of its node.
+  command=(env JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((gpus - 1)))"
+    srun --kill-on-bad-exit=1 --cpu-bind=none launch/gpu.sh --hosts=auto "$@")
+fi
+if [ "$dry" ]; then
+  printf '+'
+  printf ' %q' "${command[@]}"
+  echo
+  exit
+fi
+exec "${command[@]}"
