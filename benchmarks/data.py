@@ -75,7 +75,7 @@ def read(folder: pathlib.Path, batch: int, seconds: float) -> float:
   windows = dataset.open_split(str(folder), dataset.TRAIN)
   stream = loader.Stream({'a': windows}, Mixture([Stage(0, {'a': 1})]), seed=0)
   mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-  context, done, start = len(windows[0]) - 1, 0, time.perf_counter()
+  context, done, start = len(windows.blank) - 1, 0, time.perf_counter()
   while time.perf_counter() - start < seconds:
     jax.block_until_ready(loader.place(stream, done, batch, 1, batch, mesh))
     done += batch

@@ -74,8 +74,11 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.mesh = ConfigDict()
   c.mesh.data = -1  # -1: all devices that are left
   c.mesh.fsdp = 1  # splits weights and optimizer over d_model, and the batch
-  c.mesh.tensor = 1  # splits heads, d_ff and the vocabulary
+  c.mesh.tensor = 1  # splits heads, d_ff, the vocabulary and what lies between products
   c.mesh.stage = 1  # splits the layers into a pipeline; each stage has whole periods of the pattern
+  # Which axes cross the slow links between nodes or TPU slices, as in 'stage,data', the first as
+  # far as it goes; auto: data, then stage, fsdp, tensor.
+  c.mesh.slow_axes = 'auto'
 
   c.compute = ConfigDict()
   c.compute.microbatch = 4  # sequences at a time for each data·fsdp part of the mesh

@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
   c.mesh.stage = 1
+  c.mesh.slow_axes = 'auto'
 
   c.compute = ConfigDict()
   c.compute.microbatch = 4

@@ -32,7 +32,7 @@ KNOBS = {
   'eval': 'every_tokens sequences',
   'save': 'every_tokens keep',
   'resume': 'accept_changes',
-  'mesh': 'data fsdp tensor stage',
+  'mesh': 'data fsdp tensor stage slow_axes',
   'compute': 'microbatch dtype attention remat loss_chunk',
   'log': 'progress tensorboard wandb',
 }
@@ -46,6 +46,7 @@ class Run:
   lr: optax.Schedule
   ramp: schedule.Ramp
   mesh: dict[str, int]
+  across: dict[str, int]  # into how many parts the links between nodes cut each axis
   microbatch: int  # sequences in a slice over the whole mesh
   slices: int  # in a step of the full batch
   eval_every: int
@@ -68,6 +69,9 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
   mesh = found.keep(_mesh, config, len(devices))
   if shape and mesh:
     found.keep(sharding.check, shape, mesh, len(devices))
+  across = {}
+  if mesh and math.prod(mesh.values()) == len(devices):
+    across = found.keep(sharding.cross, mesh, devices, config.mesh.slow_axes)
   dtype = found.keep(_dtype, config, devices[0].platform)
   remat = found.keep(_remat, config)
   dropout = found.keep(_dropout, config)
@@ -98,6 +102,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     lr=lr,
     ramp=ramp,
     mesh=mesh,
+    across=across,
     microbatch=microbatch,
     slices=full // microbatch,
     eval_every=sequences(config.eval.every_tokens),

@@ -37,7 +37,8 @@ def main(config: ConfigDict) -> None:
     trained = ConfigDict(json.loads((workdir / 'config.json').read_text()))
     check_knobs(trained)
     # One device is enough for one row, however many the run was trained on.
-    trained.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1, 'stage': 1})
+    one = dict.fromkeys(sharding.AXES, 1)
+    trained.mesh = ConfigDict(one | {'slow_axes': 'auto'})
     trained.compute.microbatch = 1
     trained.compute.attention = 'chunked'  # any machine has it, whatever the run was trained on
     program = resolve(trained, jax.devices()[:1]).program

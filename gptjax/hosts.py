@@ -5,71 +5,111 @@ import hashlib
 import json
 import os
 import re
-import socket
 import sys
-import time
+import threading
 import traceback
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 from etils import epath
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from gptjax.errors import Mistake, mistake, told_as
 
 AUTO, ONE = 'auto', 'one'
 JOIN_SECONDS = 300  # to wait for the others at the start: a large machine boots unevenly
+# How JAX names the clusters that it finds, and how people do.
+CLUSTERS = {
+  'GceTpuCluster': 'the metadata of TPU VMs',
+  'GkeTpuCluster': 'the TPUs of GKE',
+  'K8sCluster': 'Kubernetes',
+  'SlurmCluster': 'SLURM',
+  'OmpiCluster': 'Open MPI',
+}
 
 
-def join(where: str) -> None:
-  """Joins the other processes, before anything else is asked of JAX.
+def join(where: str) -> str:
+  """Joins the other processes, before anything else is asked of JAX, and returns how; '' for none.
 
   Args:
-    where: 'auto' is the cluster that JAX finds (TPU pods, SLURM, Open MPI, GKE) and one process
+    where: 'auto' is the cluster that JAX finds (TPU pods, GKE, SLURM, Open MPI) and one process
       where it finds none; 'one' is one process; or 'address:port,processes,index'.
 
   Raises:
-    Mistake: for what is none of these, or if the others cannot be reached.
+    Mistake: for what is none of these, or a cluster that cannot be joined. Where the others do not
+      come in time it ends this process, since JAX cannot be stopped waiting.
   """
   if where == ONE or jax.distributed.is_initialized():
-    return
-  given = {}
-  if where != AUTO:
-    match = re.fullmatch(r'([^,]+:\d+),(\d+),(\d+)', where)
-    if not match or int(match[3]) >= int(match[2]):
-      wanted = f"'{AUTO}', '{ONE}' or 'address:port,processes,index'"
-      raise mistake('hosts', repr(where), wanted, "--config.hosts='10.0.0.1:8476,2,0'")
-    given = dict(
-      coordinator_address=match[1], num_processes=int(match[2]), process_id=int(match[3])
-    )
-    if given['process_id']:
-      _wait_for(where, match[1])
+    return ''
+  if where == AUTO:
+    given, found = {}, _cluster()
+    if not found:
+      return ''
+    at = f'found through {CLUSTERS.get(found, found)}'
+  else:
+    given, at = _parsed(where), f'at {where.split(",")[0]}'
+  wanted = 'processes that find each other'
+  fix = "--config.hosts='ADDRESS:PORT,PROCESSES,INDEX', or one"
+  with _giving_up(f'hosts {where!r}, {at}'):
+    with told_as(f'hosts {where!r}, {at}', wanted, fix, ValueError, RuntimeError, KeyError):
+      # Later than ours, which is told and not a stack trace of C++.
+      jax.distributed.initialize(**given, initialization_timeout=2 * JOIN_SECONDS)
+  if not given and 'JAX_LOCAL_DEVICE_IDS' not in os.environ and _alone_on_its_machine():
+    # JAX gives a process under SLURM and Open MPI one GPU, even where no other uses the rest.
+    jax.config.update('jax_cuda_visible_devices', 'all')
+    jax.config.update('jax_rocm_visible_devices', 'all')
+  return at
+
+
+def _cluster() -> str:
+  """JAX's name for the cluster that it would join; '' if there is none."""
+  # Not public, but asked in the same way by `jax.distributed.initialize`, which tells nobody.
+  for cluster in ClusterEnv._cluster_types:
+    if not cluster.opt_in_only_method and cluster.is_env_present():
+      return cluster.__name__
+  return ''
+
+
+def _parsed(where: str) -> dict:
+  match = re.fullmatch(r'([^,]+:(\d+)),(\d+),(\d+)', where)
+  if not match or int(match[4]) >= int(match[3]) or not 0 < int(match[2]) < 2**16:
+    wanted = f"'{AUTO}', '{ONE}' or 'address:port,processes,index'"
+    raise mistake('hosts', repr(where), wanted, "--config.hosts='10.0.0.1:8476,2,0'")
+  address, _, processes, index = match.groups()
+  return {
+    'coordinator_address': address,
+    'num_processes': int(processes),
+    'process_id': int(index),
+  }
+
+
+def _alone_on_its_machine() -> bool:
+  env = os.environ
+  nodes = env.get('SLURM_STEP_NUM_NODES')
+  return (nodes is not None and nodes == env.get('SLURM_STEP_NUM_TASKS')) or env.get(
+    'OMPI_COMM_WORLD_LOCAL_SIZE'
+  ) == '1'
+
+
+@contextlib.contextmanager
+def _giving_up(what: str) -> Iterator[None]:
+  """Ends this process if what is inside takes longer than all may wait for each other."""
+
+  def leave():
+    fix = 'starting all, at an address that all reach'
+    told = mistake(what, f'not all there after {JOIN_SECONDS} s', 'all processes', fix)
+    print(f'error: {told}', file=sys.stderr, flush=True)
+    os._exit(2)
+
+  timer = threading.Timer(JOIN_SECONDS, leave)
+  timer.daemon = True
+  timer.start()
   try:
-    jax.distributed.initialize(**given, initialization_timeout=JOIN_SECONDS)
-  except ValueError as e:
-    if given or 'coordinator_address' not in str(e):
-      raise
-  except RuntimeError as e:
-    # JAX was asked for something before, as in a notebook: it is what it is.
-    if given or 'before' not in str(e):
-      raise
-
-
-def _wait_for(where: str, address: str) -> None:
-  """Until the first process listens. JAX would end this one with a stack trace if it never does."""
-  host, port = address.rsplit(':', 1)
-  end, fix = time.monotonic() + JOIN_SECONDS, 'starting it, at an address that all others reach'
-  wanted = f'the first process to listen within {JOIN_SECONDS} s'
-  with told_as(f'hosts {where!r}', wanted, fix, OSError, OverflowError, UnicodeError):
-    while True:
-      try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-        return
-      except OSError:
-        if time.monotonic() > end:
-          raise
-        time.sleep(0.5)
+    yield
+  finally:
+    timer.cancel()
 
 
 def first() -> bool:

@@ -18,6 +18,8 @@ from gptjax.sharding import (
   GATHERED,
   computed,
   constant,
+  gather_positions,
+  scatter_positions,
   split_leading,
   stored,
   use,
@@ -31,20 +33,36 @@ NORM_EPS = 1e-5  # likewise
 
 
 def keep_all_but_weights(primitive, *_, **params) -> bool:
-  """A remat policy: every residual is kept but gathered weights, and what they are made of."""
+  """A remat policy: every residual is kept but weights, gathered or spread over rows."""
   # `jax.checkpoint_policies.save_anything_except_these_names` keeps the named value's operand.
   named = primitive.name == 'name' and params['name'] == GATHERED
-  return not named and primitive.name != 'reshard'
+  return not (named or primitive.name == 'reshard' or _spreads(primitive, params))
 
 
-_policies = jax.checkpoint_policies
+def keep_products(primitive, *operands, **params) -> bool:
+  """A remat policy: products with weights are kept, summed over devices if they have to be."""
+  if primitive.name == 'reshard':
+    return bool(operands[0].sharding.spec.unreduced)
+  if primitive.name != 'dot_general' or _spreads(primitive, params):
+    return False
+  _, (batch, _) = params['dimension_numbers']
+  out = params['out_sharding']
+  return not batch and not (out and out.spec.unreduced)
+
+
+def _spreads(primitive, params):
+  # What `use_rows` makes is as large as an activation, and costs nothing to make again.
+  outer = primitive.name == 'dot_general' and not params['dimension_numbers'][0][0]
+  return outer or primitive.name == 'broadcast_in_dim'
+
+
 # What the backward pass finds in memory, from most to least. Gathered weights are never kept but
 # by `none`: keeping them would undo FSDP.
 REMAT = {
   'none': None,
   'weights': keep_all_but_weights,
-  'dots': _policies.dots_with_no_batch_dims_saveable,
-  'full': _policies.nothing_saveable,
+  'dots': keep_products,
+  'full': jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -65,13 +83,14 @@ class LayerNorm(nnx.Module):
     self.scale = constant(1.0, 'd', D)
     self.bias = constant(0.0, 'd', D)
 
-  def __call__(self, x_bld: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    x32_bld = x_bld.astype(jnp.float32)
-    centred_bld = x32_bld - x32_bld.mean(-1, keepdims=True)
-    variance_bl1 = jnp.square(centred_bld).mean(-1, keepdims=True)
-    normed_bld = (centred_bld * lax.rsqrt(variance_bl1 + NORM_EPS)).astype(dtype)
-    scale_bd, bias_bd = (use_rows(w, 'd', dtype, len(x_bld)) for w in (self.scale, self.bias))
-    return normed_bld * scale_bd[:, None] + bias_bd[:, None]
+  def __call__(self, x_btd: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    x32_btd = x_btd.astype(jnp.float32)
+    centred_btd = x32_btd - x32_btd.mean(-1, keepdims=True)
+    variance_bt1 = jnp.square(centred_btd).mean(-1, keepdims=True)
+    normed_btd = (centred_btd * lax.rsqrt(variance_bt1 + NORM_EPS)).astype(dtype)
+    B, T, _ = x_btd.shape
+    scale_btd, bias_btd = (use_rows(w, 'd', dtype, 'bt', B, T) for w in (self.scale, self.bias))
+    return normed_btd * scale_btd + bias_btd
 
 
 class Attention(nnx.Module):
@@ -85,16 +104,18 @@ class Attention(nnx.Module):
     self.out = weight(out_key, 'hkd', H, K, D, std=residual_std(shape))
     self.out_bias = constant(0.0, 'd', D)
 
-  def __call__(self, x_bld, window, numerics, key_b):
-    B, dtype = len(x_bld), x_bld.dtype
+  def __call__(self, x_btd, window, numerics, key_b):
+    B, L, _ = x_btd.shape
+    dtype = x_btd.dtype
+    x_bld = gather_positions(x_btd)
     qkv_cblhk = jnp.einsum('bld,cdhk->cblhk', x_bld, use(self.qkv, 'cdhk', dtype))
-    bias_bchk = use_rows(self.qkv_bias, 'chk', dtype, B)
+    bias_bchk = use_rows(self.qkv_bias, 'chk', dtype, 'b', B)
     qkv_cblhk += jnp.moveaxis(bias_bchk, 1, 0)[:, :, None]
     dropout = 0.0 if key_b is None else numerics.dropout
     o_blhk = numerics.attend(*qkv_cblhk, window, dropout=dropout, key_b=key_b)
     w_hkd = use(self.out, 'hkd', dtype)
-    o_bld = jnp.einsum('blhk,hkd->bld', o_blhk, w_hkd, out_sharding=computed('bld'))
-    return o_bld + use_rows(self.out_bias, 'd', dtype, B)[:, None]
+    o_btd = scatter_positions('blhk,hkd->bld', o_blhk, w_hkd)
+    return o_btd + use_rows(self.out_bias, 'd', dtype, 'bt', B, L)
 
 
 class Mlp(nnx.Module):
@@ -108,13 +129,14 @@ class Mlp(nnx.Module):
     self.down = weight(down_key, 'fd', F, D, std=residual_std(shape))
     self.down_bias = constant(0.0, 'd', D)
 
-  def __call__(self, x_bld):
-    B, dtype = len(x_bld), x_bld.dtype
-    h_blf = jnp.einsum('bld,df->blf', x_bld, use(self.up, 'df', dtype))
-    h_blf = jax.nn.gelu(h_blf + use_rows(self.up_bias, 'f', dtype, B)[:, None], approximate=True)
-    w_fd = use(self.down, 'fd', dtype)
-    x_bld = jnp.einsum('blf,fd->bld', h_blf, w_fd, out_sharding=computed('bld'))
-    return x_bld + use_rows(self.down_bias, 'd', dtype, B)[:, None]
+  def __call__(self, x_btd):
+    B, L, _ = x_btd.shape
+    dtype = x_btd.dtype
+    h_blf = jnp.einsum('bld,df->blf', gather_positions(x_btd), use(self.up, 'df', dtype))
+    bias_bf = use_rows(self.up_bias, 'f', dtype, 'b', B)
+    h_blf = jax.nn.gelu(h_blf + bias_bf[:, None], approximate=True)
+    x_btd = scatter_positions('blf,fd->bld', h_blf, use(self.down, 'fd', dtype))
+    return x_btd + use_rows(self.down_bias, 'd', dtype, 'bt', B, L)
 
 
 class Block(nnx.Module):
@@ -127,12 +149,12 @@ class Block(nnx.Module):
     self.mlp_norm = LayerNorm(shape.d_model)
     self.mlp = Mlp(shape, key=mlp_key)
 
-  def __call__(self, x_bld, window, numerics, key_b):
+  def __call__(self, x_btd, window, numerics, key_b):
     attend_key_b, attn_key_b, mlp_key_b = split_rows(key_b, 3)
-    y_bld = self.attn(self.attn_norm(x_bld, numerics.dtype), window, numerics, attend_key_b)
-    x_bld += drop(y_bld, numerics.dropout, attn_key_b)
-    y_bld = self.mlp(self.mlp_norm(x_bld, numerics.dtype))
-    return x_bld + drop(y_bld, numerics.dropout, mlp_key_b)
+    y_btd = self.attn(self.attn_norm(x_btd, numerics.dtype), window, numerics, attend_key_b)
+    x_btd += drop(y_btd, numerics.dropout, attn_key_b)
+    y_btd = self.mlp(self.mlp_norm(x_btd, numerics.dtype))
+    return x_btd + drop(y_btd, numerics.dropout, mlp_key_b)
 
 
 class GPT(nnx.Module):
@@ -163,8 +185,8 @@ class GPT(nnx.Module):
         dropout is the same however rows are split over slices and devices.
     """
     e_vd = self.output(numerics)
-    x_bld = self.run_layers(self.start(e_vd, token_bl, numerics, key_b), numerics, key_b)
-    return self.norm(x_bld, numerics.dtype), e_vd
+    x_btd = self.run_layers(self.start(e_vd, token_bl, numerics, key_b), numerics, key_b)
+    return self.finish(x_btd, numerics), e_vd
 
   def output(self, numerics: Numerics) -> jax.Array:
     """The output matrix e_vd in use; the embedding is the same."""
@@ -177,12 +199,16 @@ class GPT(nnx.Module):
     if L > T:
       raise mistake('length of a row', f'{L} tokens', f'at most {T}, the positions', 'shorter rows')
     x_bld = look_up(e_vd, token_bl)
-    x_bld += use_rows(self.position, 'ld', numerics.dtype, B)[:, :L]
-    return drop(x_bld, numerics.dropout, fold_rows(key_b, 0))
+    x_bld += use_rows(self.position, 'ld', numerics.dtype, 'b', B)[:, :L]
+    return drop(reshard(x_bld, computed('btd')), numerics.dropout, fold_rows(key_b, 0))
 
-  def run_layers(self, x_bld, numerics, key_b, first=0) -> jax.Array:
+  def finish(self, x_btd, numerics) -> jax.Array:
+    """The final hidden states of what comes out of the last layer."""
+    return reshard(self.norm(x_btd, numerics.dtype), computed('bld'))
+
+  def run_layers(self, x_btd, numerics, key_b, first=0) -> jax.Array:
     """Through all layers there are, of which the first has this number."""
-    return run_blocks(self.blocks, x_bld, self.windows, numerics, fold_rows(key_b, 1), first)
+    return run_blocks(self.blocks, x_btd, self.windows, numerics, fold_rows(key_b, 1), first)
 
 
 def look_up(e_vd: jax.Array, token_bl: jax.Array) -> jax.Array:
@@ -204,7 +230,7 @@ def look_up(e_vd: jax.Array, token_bl: jax.Array) -> jax.Array:
   return looked_up(e_vd, token_bl)
 
 
-def run_blocks(blocks, x_bld, windows, numerics, key_b, first=0):
+def run_blocks(blocks, x_btd, windows, numerics, key_b, first=0):
   """Scans blocks [n, …] in periods of the pattern; layers left over run after the scan.
 
   `first` is the number of the first of them, from 0, for its dropout.
@@ -213,21 +239,21 @@ def run_blocks(blocks, x_bld, windows, numerics, key_b, first=0):
   N = jax.tree.leaves(blocks)[0].shape[0]
   whole = N // p * p
 
-  def run(x_bld, blocks, start, count):
+  def run(x_btd, blocks, start, count):
     for i in range(count):
       block = jax.tree.map(lambda a: a[i], blocks)  # noqa: B023
-      x_bld = block(x_bld, windows[i], numerics, fold_rows(key_b, start + i))
-    return x_bld
+      x_btd = block(x_btd, windows[i], numerics, fold_rows(key_b, start + i))
+    return x_btd
 
   if numerics.remat != 'none':
     run = jax.checkpoint(run, policy=REMAT[numerics.remat], static_argnums=3)
   if whole:
     periods = jax.tree.map(lambda a: split_leading(a[:whole], p), blocks)
-    step = lambda x_bld, xs: (run(x_bld, *xs, p), None)
-    x_bld, _ = lax.scan(step, x_bld, (periods, first + jnp.arange(0, whole, p)))
+    step = lambda x_btd, xs: (run(x_btd, *xs, p), None)
+    x_btd, _ = lax.scan(step, x_btd, (periods, first + jnp.arange(0, whole, p)))
   if whole < N:
-    x_bld = run(x_bld, jax.tree.map(lambda a: a[whole:], blocks), first + whole, N - whole)
-  return x_bld
+    x_btd = run(x_btd, jax.tree.map(lambda a: a[whole:], blocks), first + whole, N - whole)
+  return x_btd
 
 
 def residual_std(shape: Shape) -> float:
@@ -235,12 +261,12 @@ def residual_std(shape: Shape) -> float:
   return INIT_STD / (2 * shape.n_layers) ** 0.5
 
 
-def drop(x_bld: jax.Array, rate: float, key_b: jax.Array | None) -> jax.Array:
+def drop(x_btd: jax.Array, rate: float, key_b: jax.Array | None) -> jax.Array:
   """Dropout (Srivastava et al. 2014) with one key a row; no keys, no dropout."""
   if key_b is None or not rate:
-    return x_bld
-  keep_bld = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_bld.shape[1:]))(key_b)
-  return jnp.where(keep_bld, x_bld / (1 - rate), 0)
+    return x_btd
+  keep_btd = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_btd.shape[1:]))(key_b)
+  return jnp.where(keep_btd, x_btd / (1 - rate), 0)
 
 
 def split_rows(key_b, count):

@@ -26,9 +26,9 @@ class Parts:
   in the loss: its gradients are then zero.
   """
 
-  first: Callable  # (outer, g) -> x_bld, the input of the first layer
-  layers: Callable  # (blocks, x_bld, g, number of the first of them) -> x_bld
-  last: Callable  # (outer, x_bld, g) -> the loss of the slice
+  first: Callable  # (outer, g) -> x_btd, the input of the first layer
+  layers: Callable  # (blocks, x_btd, g, number of the first of them) -> x_btd
+  last: Callable  # (outer, x_btd, g) -> the loss of the slice
 
 
 def one_f_one_b(
@@ -52,30 +52,30 @@ def one_f_one_b(
   ring_size = 2 * S - 1
 
   def tick(t, carry):
-    x_pbld, dy_pbld, ring_rpbld, d_outer, d_blocks, total = carry
-    x_pbld = stages.put(x_pbld, 0, parts.first(outer, t))
-    ring_rpbld = lax.dynamic_update_index_in_dim(ring_rpbld, x_pbld, t % ring_size, 0)
-    y_pbld = stages.forward(x_pbld, t - stages.index_p)
+    x_pbtd, dy_pbtd, ring_rpbtd, d_outer, d_blocks, total = carry
+    x_pbtd = stages.put(x_pbtd, 0, parts.first(outer, t))
+    ring_rpbtd = lax.dynamic_update_index_in_dim(ring_rpbtd, x_pbtd, t % ring_size, 0)
+    y_pbtd = stages.forward(x_pbtd, t - stages.index_p)
 
-    last = lambda outer, y_bld: parts.last(outer, y_bld, t - (S - 1))
-    value, (d_last, dy_bld) = jax.value_and_grad(last, (0, 1))(outer, stages.take(y_pbld, S - 1))
+    last = lambda outer, y_btd: parts.last(outer, y_btd, t - (S - 1))
+    value, (d_last, dy_btd) = jax.value_and_grad(last, (0, 1))(outer, stages.take(y_pbtd, S - 1))
 
-    dy_pbld = stages.put(dy_pbld, S - 1, dy_bld)
+    dy_pbtd = stages.put(dy_pbtd, S - 1, dy_btd)
     # When the slice that now comes back to stage p was here: it went on through S - 1 - p stages.
     then_p = t - 2 * (S - 1 - stages.index_p)
-    input_pbld = _at(ring_rpbld, then_p % ring_size)
-    d_layers, dx_pbld = stages.backward(input_pbld, dy_pbld, then_p - stages.index_p)
+    input_pbtd = _at(ring_rpbtd, then_p % ring_size)
+    d_layers, dx_pbtd = stages.backward(input_pbtd, dy_pbtd, then_p - stages.index_p)
 
     first = lambda outer: parts.first(outer, t - 2 * (S - 1))
-    (d_first,) = jax.vjp(first, outer)[1](stages.take(dx_pbld, 0))
+    (d_first,) = jax.vjp(first, outer)[1](stages.take(dx_pbtd, 0))
 
     d_outer = jax.tree.map(lambda *d: d[0] + d[1] + d[2], d_outer, d_last, d_first)
     d_blocks = jax.tree.map(jnp.add, d_blocks, d_layers)
-    return _pass(y_pbld, 1), _pass(dx_pbld, -1), ring_rpbld, d_outer, d_blocks, total + value
+    return _pass(y_pbtd, 1), _pass(dx_pbtd, -1), ring_rpbtd, d_outer, d_blocks, total + value
 
-  zeros_pbld, zeros_rpbld = stages.zeros(), stages.zeros(ring_size)
+  zeros_pbtd, zeros_rpbtd = stages.zeros(), stages.zeros(ring_size)
   d_outer = sharding.deferred_zeros(outer)
-  carry = zeros_pbld, zeros_pbld, zeros_rpbld, d_outer, stages.zero_gradients(), jnp.float32(0)
+  carry = zeros_pbtd, zeros_pbtd, zeros_rpbtd, d_outer, stages.zero_gradients(), jnp.float32(0)
   *_, d_outer, d_blocks, total = lax.fori_loop(0, slices + 2 * (S - 1), tick, carry)
   return total, d_outer, jax.tree.map(sharding.join_leading, d_blocks)
 
@@ -91,11 +91,11 @@ def gpipe(parts: Parts, outer: dict, blocks: dict, slices: jax.Array | int) -> j
 
   @jax.checkpoint  # what is kept are the stages' inputs, as 1F1B keeps them
   def tick(t, carry):
-    x_pbld, total = carry
-    x_pbld = stages.put(x_pbld, 0, parts.first(outer, t))
-    y_pbld = stages.forward(x_pbld, t - stages.index_p)
-    value = parts.last(outer, stages.take(y_pbld, S - 1), t - (S - 1))
-    return _pass(y_pbld, 1), total + value
+    x_pbtd, total = carry
+    x_pbtd = stages.put(x_pbtd, 0, parts.first(outer, t))
+    y_pbtd = stages.forward(x_pbtd, t - stages.index_p)
+    value = parts.last(outer, stages.take(y_pbtd, S - 1), t - (S - 1))
+    return _pass(y_pbtd, 1), total + value
 
   _, total = lax.fori_loop(0, slices + S - 1, tick, (stages.zeros(), jnp.float32(0)))
   return total
@@ -113,37 +113,37 @@ class _Stages:
     self._parts = parts
     self._input = jax.eval_shape(parts.first, outer, 0)
 
-  def forward(self, x_pbld, g_p):
+  def forward(self, x_pbtd, g_p):
     """Each stage's layers, on its slice g."""
     run = jax.vmap(self._parts.layers, spmd_axis_name='stage')
-    return run(self._blocks, x_pbld, g_p, self._number_p)
+    return run(self._blocks, x_pbtd, g_p, self._number_p)
 
-  def backward(self, x_pbld, dy_pbld, g_p):
+  def backward(self, x_pbtd, dy_pbtd, g_p):
     """Gradients for the layers, to be summed over the batch, and for their input."""
 
-    def pull(blocks, x_bld, dy_bld, g, number):
-      layers = lambda blocks, x_bld: self._parts.layers(blocks, x_bld, g, number)
+    def pull(blocks, x_btd, dy_btd, g, number):
+      layers = lambda blocks, x_btd: self._parts.layers(blocks, x_btd, g, number)
       # Deferred here, since `vmap` does not take a `reduced` array as its argument.
-      return jax.vjp(layers, sharding.defer(blocks), x_bld)[1](dy_bld)
+      return jax.vjp(layers, sharding.defer(blocks), x_btd)[1](dy_btd)
 
     run = jax.vmap(pull, spmd_axis_name='stage')
-    return run(self._blocks, x_pbld, dy_pbld, g_p, self._number_p)
+    return run(self._blocks, x_pbtd, dy_pbtd, g_p, self._number_p)
 
   def zero_gradients(self):
     """What gradients for the layers are added to."""
     return sharding.deferred_zeros(sharding.defer(self._blocks))
 
-  def put(self, x_pbld, stage, x_bld):
-    """With x_bld at one stage."""
-    return jnp.where(self._is(stage), x_bld[None], x_pbld)
+  def put(self, x_pbtd, stage, x_btd):
+    """With x_btd at one stage."""
+    return jnp.where(self._is(stage), x_btd[None], x_pbtd)
 
-  def take(self, x_pbld, stage):
+  def take(self, x_pbtd, stage):
     """What one stage has, for all of them."""
-    return jnp.where(self._is(stage), x_pbld, 0).sum(0)
+    return jnp.where(self._is(stage), x_pbtd, 0).sum(0)
 
   def zeros(self, *r):
     """An array [*r, p, b, l, d] like the stages' inputs."""
-    layout = sharding.computed('r' * len(r) + 'pbld')
+    layout = sharding.computed('r' * len(r) + 'pbtd')
     shape = *r, self.count, *self._input.shape
     return jnp.zeros(shape, self._input.dtype, out_sharding=layout)
 
@@ -151,15 +151,15 @@ class _Stages:
     return (self.index_p == stage)[:, None, None, None]
 
 
-def _at(ring_rpbld, slot_p):
+def _at(ring_rpbtd, slot_p):
   """Each stage's own slot of the ring."""
-  read = lambda ring_rbld, slot: lax.dynamic_index_in_dim(ring_rbld, slot, keepdims=False)
-  return jax.vmap(read, in_axes=(1, 0), spmd_axis_name='stage')(ring_rpbld, slot_p)
+  read = lambda ring_rbtd, slot: lax.dynamic_index_in_dim(ring_rbtd, slot, keepdims=False)
+  return jax.vmap(read, in_axes=(1, 0), spmd_axis_name='stage')(ring_rpbtd, slot_p)
 
 
-def _pass(x_pbld, by):
+def _pass(x_pbtd, by):
   """What each stage has to the stage `by` further on; the ends meet."""
-  S, spec = x_pbld.shape[0], jax.typeof(x_pbld).sharding.spec
+  S, spec = x_pbtd.shape[0], jax.typeof(x_pbtd).sharding.spec
   to = [(p, (p + by) % S) for p in range(S)]
-  move = lambda x_pbld: lax.ppermute(x_pbld, 'stage', to)
-  return jax.shard_map(move, in_specs=spec, out_specs=spec, check_vma=False)(x_pbld)
+  move = lambda x_pbtd: lax.ppermute(x_pbtd, 'stage', to)
+  return jax.shard_map(move, in_specs=spec, out_specs=spec, check_vma=False)(x_pbtd)

@@ -1,12 +1,13 @@
 """The alphabet and the mesh: on which axis of the mesh each dim of an array lies.
 
 One letter per dim, the same in einsums, in the suffixes of variables and in the two tables here:
-b sequences, l query position, s key position, d model width, e the same in a weight that is in no
-layer, h heads, k head width, f feed-forward width, v vocabulary, n layers, c the three of q, k, v,
-g accumulation slice, p pipeline stage, r what a stage keeps for later. Changing how a model is
-split over a machine means changing a table.
+b sequences, l query position, s key position, t position in the residual, d model width, e the
+same in a weight that is in no layer, h heads, k head width, f feed-forward width, v vocabulary,
+n layers, c the three of q, k, v, g accumulation slice, p pipeline stage, r what a stage keeps for
+later. Changing how a model is split over a machine means changing a table.
 """
 
+import collections
 import math
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import reshard
 
 from gptjax.errors import Mistake, mistake, raise_all
@@ -33,10 +35,16 @@ STORE = {  # weights at rest
 COMPUTE = {  # arrays in use
   'p': 'stage',
   'b': BATCH,
+  't': 'tensor',  # sequence parallelism: what is not in a product is not done by all of tensor
   'h': 'tensor',
   'f': 'tensor',
   'v': ('tensor', 'stage'),  # embedding and output matrix are in no stage: each has a part of them
 }
+
+# Which axes best cross the links between machines: those that exchange least. data sums gradients
+# once a step, stage hands on an activation, fsdp gathers every weight in every slice, and tensor
+# exchanges activations several times in every layer.
+SLOW_FIRST = ('data', 'stage', 'fsdp', 'tensor')
 
 # Gradients are summed over devices in this dtype, whatever the dtype they were computed in: a sum
 # of thousands of bf16 terms in bf16 loses the small ones.
@@ -46,11 +54,76 @@ GATHERED = 'gathered'  # the name by which a remat policy knows a weight in use
 
 
 def make_mesh(
-  data: int, fsdp: int, tensor: int, devices: Sequence | None = None, *, stage: int = 1
+  data: int,
+  fsdp: int,
+  tensor: int,
+  devices: Sequence | None = None,
+  *,
+  stage: int = 1,
+  across: dict[str, int] | None = None,
 ) -> jax.sharding.Mesh:
-  """A mesh of explicit axes over all devices of the run, or over those given."""
+  """A mesh of explicit axes over all devices of the run, or over those given.
+
+  Args:
+    across: into how many parts slow links cut each axis, from `cross`; {} where there are none.
+  """
   devices = jax.devices() if devices is None else devices
-  return jax.make_mesh((stage, data, fsdp, tensor), AXES, devices=devices)
+  sizes = stage, data, fsdp, tensor
+  if not across:
+    return jax.make_mesh(sizes, AXES, devices=devices)
+  outer = tuple(across[axis] for axis in AXES)
+  inner = tuple(size // parts for size, parts in zip(sizes, outer, strict=True))
+  ordered = mesh_utils.create_hybrid_device_mesh(
+    inner, outer, devices, process_is_granule=_by_process(devices)
+  )
+  return jax.sharding.Mesh(ordered, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+
+
+def nodes(devices: Sequence[jax.Device]) -> list[list[int]]:
+  """The ids of devices by what fast links join: TPU slices, machines with GPUs, CPU processes."""
+  by_process, found = _by_process(devices), collections.defaultdict(list)
+  for device in devices:
+    found[device.process_index if by_process else device.slice_index].append(device.id)
+  return [found[key] for key in sorted(found)]
+
+
+def _by_process(devices):
+  # JAX sees that processes with CPU devices are on one machine, and takes them for one node.
+  return devices[0].platform == 'cpu' or not hasattr(devices[0], 'slice_index')
+
+
+def cross(sizes: dict[str, int], devices: Sequence[jax.Device], slow_axes: str) -> dict[str, int]:
+  """Into how many parts the links between nodes cut each axis of a mesh; {} for one node.
+
+  Args:
+    sizes: of the axes.
+    devices: as many as the mesh has.
+    slow_axes: those that may be cut, with commas between, of which the first are cut the most; or
+      'auto', which is SLOW_FIRST.
+
+  Raises:
+    Mistake: if they cannot be cut into as many parts as there are nodes.
+  """
+  names = SLOW_FIRST if slow_axes == 'auto' else tuple(slow_axes.split(','))
+  if not names or len(set(names) & set(AXES)) < len(names):
+    wanted = f'auto or some of {", ".join(SLOW_FIRST)}, with commas between'
+    raise mistake('mesh.slow_axes', repr(slow_axes), wanted, '--config.mesh.slow_axes=auto')
+  groups = nodes(devices)
+  if len(groups) == 1:
+    return {}
+  counts = sorted({len(group) for group in groups})
+  if len(counts) > 1:
+    got, fix = f'{counts[0]} on one and {counts[-1]} on another', 'machines that are alike'
+    raise mistake(f'devices of {len(groups)} nodes', got, 'as many on each', fix)
+  across, left = dict.fromkeys(sizes, 1), len(groups)
+  for axis in names:
+    across[axis] = math.gcd(sizes[axis], left)
+    left //= across[axis]
+  if left > 1:
+    got = ', '.join(f'{axis} {sizes[axis]}' for axis in names) + f' over {len(groups)} nodes'
+    wanted = f'sizes of which {len(groups)} nodes hold whole parts'
+    raise mistake('mesh.slow_axes', got, wanted, '--config.mesh.slow_axes=auto')
+  return across
 
 
 def stages() -> int:
@@ -77,9 +150,10 @@ def check(shape: Shape, sizes: dict[str, int], n_devices: int) -> None:
     'h': ('n_heads', shape.n_heads),
     'f': ('d_ff', shape.d_ff),
     'v': ('the padded vocabulary', shape.padded_vocab),
+    't': ('context', shape.context),
   }
   for dim, (name, length) in dims.items():
-    axis = STORE[dim]
+    axis = (COMPUTE | STORE)[dim]
     if length % sizes[axis]:
       divisors = [i for i in range(1, min(length, n_devices) + 1) if length % i == 0]
       mistakes.append(
@@ -139,18 +213,18 @@ def constant(value: float, dims: str, *shape: int) -> nnx.Param:
   return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=stored(dims)))
 
 
-def use(param: nnx.Param, dims: str, dtype: jnp.dtype) -> jax.Array:
+def use(param: nnx.Param, dims: str, dtype: jnp.dtype, rows: str = 'b') -> jax.Array:
   """A parameter ready for use: cast, then gathered where STORE splits and COMPUTE does not.
 
-  This line is FSDP. The result is `reduced` over BATCH, so that its gradient arrives as each
-  device's own sum; it is cast to REDUCE_DTYPE and scattered over `fsdp` here, and stays unreduced
-  over `data` if the parameter came through `defer`.
+  This line is FSDP. The result is `reduced` over the axes that split the `rows` it is used on, so
+  that its gradient arrives as each device's own sum; it is cast to REDUCE_DTYPE and scattered over
+  `fsdp` here, and stays unreduced over `data` if the parameter came through `defer`.
   """
   w = param[...]
   at_rest = jax.typeof(w).sharding.spec
 
   def gathered(w):
-    used = reshard(w.astype(dtype), P(*computed(dims).partitions, reduced=_batch()))
+    used = reshard(w.astype(dtype), P(*computed(dims).partitions, reduced=_axes(rows)))
     return checkpoint_name(used, GATHERED)
 
   def backward(_, dw):
@@ -163,15 +237,36 @@ def use(param: nnx.Param, dims: str, dtype: jnp.dtype) -> jax.Array:
   return gather(w)
 
 
-def use_rows(param: nnx.Param, dims: str, dtype: jnp.dtype, B: int) -> jax.Array:
-  """A parameter for elementwise use on B rows: [b, *dims], of which XLA makes no array.
+def use_rows(param: nnx.Param, dims: str, dtype: jnp.dtype, rows: str, *shape: int) -> jax.Array:
+  """A parameter for elementwise use on rows of a shape: [*rows, *dims]; XLA makes no array of it.
 
   Explicit sharding lets a `reduced` array into products only, since there it knows how to leave
   the gradient unreduced; so a bias is spread over the rows by an outer product with ones.
   """
-  ones_b = jnp.ones(B, dtype, out_sharding=computed('b'))
-  out = computed('b' + dims)
-  return jnp.einsum(f'b,{dims}->b{dims}', ones_b, use(param, dims, dtype), out_sharding=out)
+  ones = jnp.ones(shape, dtype, out_sharding=computed(rows))
+  subscripts, out = f'{rows},{dims}->{rows}{dims}', computed(rows + dims)
+  spread = jnp.einsum(subscripts, ones, use(param, dims, dtype, rows), out_sharding=out)
+  # For the gradient, which must lie like this before rows are summed: Shardy aborts if it finds it
+  # gathered for another use.
+  return reshard(spread, out)
+
+
+def gather_positions(x_btd: jax.Array) -> jax.Array:
+  """A residual with all positions on each device [b, l, d], for products that `tensor` splits.
+
+  Each device's own sum in its gradient is added up over `tensor` and scattered here.
+  """
+  return reshard(x_btd, P(*computed('bld').partitions, reduced=_axes('t')))
+
+
+def scatter_positions(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
+  """The product of two arrays, a sum over `tensor`, of which each device gets its positions.
+
+  Args:
+    subscripts: of the product, ending in '->bld'.
+  """
+  own_sum = P(*computed('bld').partitions, unreduced=_axes('t'))
+  return reshard(jnp.einsum(subscripts, x, w, out_sharding=own_sum), computed('btd'))
 
 
 def split_leading(a: jax.Array, p: int) -> jax.Array:
@@ -204,7 +299,7 @@ def use_for_long(w_vd: jax.Array) -> jax.Array:
   # anew along the stages.
   w_vd = reshard(w_vd, P(rows, _splitting('stage')))
   w_vd = jnp.pad(w_vd, ((0, -len(w_vd) % parts), (0, 0)))
-  return reshard(w_vd, P(*used, reduced=_batch()))
+  return reshard(w_vd, P(*used, reduced=_axes('b')))
 
 
 def take_back(dw_vd: jax.Array, w_vd: jax.Array) -> jax.Array:
@@ -212,7 +307,7 @@ def take_back(dw_vd: jax.Array, w_vd: jax.Array) -> jax.Array:
   rows, columns = _spec(w_vd)
   if len(dw_vd) > len(w_vd):
     return reshard(reshard(dw_vd, P(None, columns))[: len(w_vd)], P(rows, columns))
-  dw_vd = reshard(dw_vd, P(rows, _splitting('stage'), unreduced=_batch()))
+  dw_vd = reshard(dw_vd, P(rows, _splitting('stage'), unreduced=_axes('b')))
   return reshard(dw_vd, P(rows, columns))
 
 
@@ -234,12 +329,12 @@ def reduce(grads: dict) -> dict:
 
 def partial_sum(dims: str) -> P:
   """The type of a gradient of a weight in use: each device's own sum over its rows."""
-  return P(*computed(dims).partitions, unreduced=_batch())
+  return P(*computed(dims).partitions, unreduced=_axes('b'))
 
 
 def same_everywhere(a: jax.Array) -> jax.Array:
   """A scalar typed so that a `partial_sum` may be multiplied by it."""
-  return reshard(a, P(reduced=_batch()))
+  return reshard(a, P(reduced=_axes('b')))
 
 
 def concrete(abstract: dict) -> dict:
@@ -253,8 +348,10 @@ def concrete(abstract: dict) -> dict:
   return jax.tree.map(on_devices, abstract)
 
 
-def _batch() -> set[str]:
-  return {axis for axis in BATCH if _splitting(axis)}
+def _axes(dims: str) -> set[str]:
+  """The axes that split dims in use."""
+  axes = (_splitting(COMPUTE[dim]) or () for dim in dims)
+  return {name for a in axes for name in ((a,) if isinstance(a, str) else a)}
 
 
 def _data() -> set[str]:

@@ -152,13 +152,13 @@ class Program:
       e_vd = model.output(self.numerics)
       return model.start(e_vd, token_bl.astype(jnp.int32), self.numerics, keys(g))
 
-    def layers(blocks, x_bld, g, number):
+    def layers(blocks, x_btd, g, number):
       model = self.model(params | {'blocks': blocks})
-      return model.run_layers(x_bld, self.numerics, keys(g), number)
+      return model.run_layers(x_btd, self.numerics, keys(g), number)
 
-    def last(outer, x_bld, g):
+    def last(outer, x_btd, g):
       model = self.model(outer | {'blocks': blocks})
-      x_bld, e_vd = model.norm(x_bld, self.numerics.dtype), model.output(self.numerics)
+      x_bld, e_vd = model.finish(x_btd, self.numerics), model.output(self.numerics)
       return self.cross_entropy(x_bld, e_vd, batch.tokens(g), batch.weights(g))
 
     return pipeline.Parts(first, layers, last), outer, blocks

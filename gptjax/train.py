@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptjax import checkpoint, files, flags, hosts, metrics, schedule, sharding
+from gptjax import checkpoint, files, flags, hosts, metrics, schedule, sharding, summary
 from gptjax.config import Run, check_knobs, resolve
 from gptjax.data import dataset, loader, tokenizer
 from gptjax.data.corpora import Corpora, open_all
@@ -30,9 +30,11 @@ SMALLER = 'more devices with --config.mesh.fsdp, or a smaller model'
 def main(config: ConfigDict) -> None:
   """Trains to `train_tokens`, from the last checkpoint in the workdir if there is one."""
   check_knobs(config)
-  hosts.join(config.hosts)
+  found = hosts.join(config.hosts)
   with told_as('devices', 'one that JAX finds', 'another JAX_PLATFORMS', RuntimeError):
     devices = jax.devices()
+  if found:
+    hosts.say(f'hosts    {jax.process_count()}, {found}')
   with hosts.leaving_at_once():
     train(config, devices)
 
@@ -75,7 +77,8 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
     if not stages or stages[-1].weights != corpora.stage:
       stages.append(Stage(start, corpora.stage))
     mixed = Mixture(stages)
-    hosts.say(describe(run, corpora, mixed, start, taken))
+    mesh = sharding.make_mesh(**run.mesh, across=run.across)
+    hosts.say(summary.describe(run, mesh, corpora, mixed, start, taken))
     for change in changed:
       told = '{setting} was {before}, is {after} from here on'.format_map(change)
       hosts.say(f'change   {told}')
@@ -84,7 +87,7 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
     if start >= run.ramp.total:
       hosts.say(f'nothing is left to train: {start:,} of {run.ramp.total:,} sequences')
       if hosts.first():
-        print(verdict(workdir, corpora))
+        print(summary.verdict(workdir, corpora))
       return
     starts = [*starts, {'sequences': start, 'git': commit, 'changes': changed}]
     record = {
@@ -93,7 +96,6 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
       'stages': [dataclasses.asdict(stage) for stage in stages],
       'names': corpora.names | names,
     }
-    mesh = sharding.make_mesh(**run.mesh)
     with jax.set_mesh(mesh):
       if start:
         state = checkpoints.restore(start, run.program.abstract_state())
@@ -126,7 +128,7 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
         save = lambda step, state: checkpoints.save(step.end, state, record | clock(step))
         trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
   if hosts.first():
-    print(verdict(workdir, corpora))
+    print(summary.verdict(workdir, corpora))
 
 
 def settings_of(config: ConfigDict, corpora: Corpora, names: Mapping[str, str]) -> dict:
@@ -313,67 +315,6 @@ def git_commit() -> str:
   ).stdout.strip()
   commit = git('rev-parse', 'HEAD')
   return commit + '+' * bool(commit and git('status', '--porcelain', '-uno'))
-
-
-def describe(run: Run, corpora: Corpora, mixed: Mixture, start: int, taken: int) -> str:
-  """What is about to run after `start` sequences and so many steps, in a few lines."""
-  shape, numerics, ramp = run.program.shape, run.program.numerics, run.ramp
-  batches = [rung.batch for rung in ramp.rungs]
-  ramped = f'{batches[0]} … {batches[-1]}' if batches[1:] else f'{batches[-1]}'
-  rungs = f'{len(batches)} rung' + 's' * bool(batches[1:])
-  computed, surplus = ramp.slots(run.microbatch)
-  steps = range(taken + 1, taken + ramp.steps_left(start) + 1)
-  lines = {
-    'model': f'{shape.n_params:,} parameters, {shape.n_layers} layers, context {shape.context}',
-    'data': '\n         '.join(corpora.table(mixed, ramp.total)),
-    'length': f'{ramp.total * shape.context:,} tokens = {ramp.total:,} sequences, '
-    f'{taken + len(steps):,} steps',
-    'batch': f'{ramped} sequences in {rungs}, in slices of {run.microbatch}; '
-    f'{surplus / computed:.2%} of rows computed only fill up slices',
-    'mesh': ' · '.join(f'{axis} {size}' for axis, size in run.mesh.items())
-    + ' on '
-    + ', '.join(filter(None, (jax.devices()[0].device_kind, hosts.described()))),
-    'compute': f'{numerics.dtype.name}, remat {numerics.remat}, '
-    f'attention {numerics.attend.__name__}',
-  }
-  if (stages := run.mesh['stage']) > 1:
-    idle = 2 * (stages - 1)
-    lines['stages'] = (
-      f'{shape.n_layers // stages} layers each, 1F1B; of {run.slices + idle} ticks in a full batch '
-      f'a stage idles {idle}: {idle / (run.slices + idle):.0%}'
-    )
-  if start < ramp.total:
-    lines['start'] = f'sequence {start:,}, step {steps.start:,}' if start else 'from scratch'
-  if mixed.stages[1:]:
-    since = mixed.stages[-1].start
-    lines['stage'] = f'{len(mixed.stages)} of the mixture, from sequence {since:,} on' + (
-      ': its sources or their weights are others than before' * (since == start)
-    )
-  if run.profile:
-    traced = range(max(run.profile.start, steps.start), min(run.profile.stop, steps.stop))
-    none = f'no step: they are {steps.start:,} … {steps.stop - 1:,}'
-    lines['profile'] = f'steps {traced.start} … {traced.stop - 1}' if traced else none
-  return '\n'.join(f'{name:8} {line}' for name, line in lines.items())
-
-
-def verdict(workdir: epath.Path, corpora: Corpora) -> str:
-  """The last held-out losses beside those of unigram models of the same tokens."""
-  unigram = corpora.unigram_nats
-  held_out = [r for r in metrics.read(workdir) if r['kind'] == 'validation']
-  if not held_out:
-    return f'held-out loss  not in {metrics.FILE}'
-  last, rows = held_out[-1], []
-  there = sum(map(len, corpora.held_out.values()))
-  part = f', over {last["windows"]:,} of {there:,} windows' * (last['windows'] < there)
-  told = lambda nats, bits: f'{nats:.4f} nats per token, {bits:.4f} bits per byte'
-  rows.append(f'held-out loss  {told(last["loss"], last["bits_per_byte"])}{part}')
-  mean, bits = corpora.mean(unigram), corpora.bits_per_byte(unigram)
-  rows.append(f'unigram model  {told(mean, bits)}')
-  for name in unigram:
-    if f'loss/{name}' in last:
-      loss = last[f'loss/{name}']
-      rows.append(f'  {name}: {loss:.4f} nats per token, unigram model {unigram[name]:.4f}')
-  return '\n'.join(rows)
 
 
 if __name__ == '__main__':

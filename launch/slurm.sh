@@ -41,14 +41,11 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   [ "$dry" ] || mkdir -p runs # a job whose log has no folder ends and says nothing
   command=(sbatch --output=runs/slurm-%j.log "${flags[@]}" launch/slurm.sh "$@")
 else
-  gpus=${SLURM_GPUS_ON_NODE:-0}
   [ "${#flags[@]}" = 0 ] || mistake "got '${flags[*]}' in a job, wanted --config=… first" salloc
   [ -f gptjax/train.py ] || mistake "got $PWD, wanted the repository" "sbatch from its root"
-  [ "$gpus" -gt 0 ] || mistake "got a job without GPUs, wanted some" "sbatch --gpus-per-node=8"
-  # Under SLURM, JAX gives each process one GPU unless told which: numbers among those of the job.
+  [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ] || mistake "got a job without GPUs, wanted some" "sbatch --gpus-per-node=8"
   # The first process that fails ends all. A process may use every core of its node.
-  command=(env JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((gpus - 1)))"
-    srun --kill-on-bad-exit=1 --cpu-bind=none launch/gpu.sh --hosts=auto "$@")
+  command=(srun --kill-on-bad-exit=1 --cpu-bind=none launch/gpu.sh --hosts=auto "$@")
 fi
 if [ "$dry" ]; then
   printf '+'

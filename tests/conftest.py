@@ -103,12 +103,15 @@ def start_python() -> Callable[..., subprocess.Popen]:
   """
 
   def start(
-    args: Sequence[str], devices: int = 1, stdout: int = subprocess.DEVNULL
+    args: Sequence[str],
+    devices: int = 1,
+    stdout: int = subprocess.DEVNULL,
+    env: Mapping[str, str] | None = None,
   ) -> subprocess.Popen:
     return subprocess.Popen(
       [sys.executable, *args],
       cwd=ROOT,
-      env=_environment(devices),
+      env=_environment(devices) | (env or {}),
       stdout=stdout,
       stderr=subprocess.PIPE,
       text=True,

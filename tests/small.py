@@ -22,6 +22,18 @@ ADAMW = AdamW(0.9, 0.95, 1e-8, 0.1, 1.0)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """Of a machine that the tests do not have."""
+
+  platform: str
+  device_kind: str = ''
+  compute_capability: str = ''
+  id: int = 0
+  slice_index: int = 0
+  process_index: int = 0
+
+
 def program(shape: Shape = SHAPE, loss_chunk: int = 6, seed: int = 0, **numerics) -> Program:
   """A program; keywords replace what is in NUMERICS."""
   return Program(shape, dataclasses.replace(NUMERICS, **numerics), ADAMW, loss_chunk, seed)

@@ -234,28 +234,21 @@ def test_all_mistakes_are_told_at_once():
 
 @pytest.mark.parametrize('platform, dtype', [('cpu', 'float32'), ('gpu', 'bfloat16')])
 def test_dtype_follows_the_machine(platform, dtype):
-  class Device:  # a kind that this machine has not
-    pass
-
-  device = Device()
-  device.platform = platform
   config = changed(compute__attention='chunked')
-  assert resolve(config, [device]).program.numerics.dtype == dtype
+  assert resolve(config, [small.Device(platform)]).program.numerics.dtype == dtype
 
 
 def test_what_a_kernel_cannot_do_is_told_with_all_other_mistakes():
-  class Device:
-    platform, device_kind, compute_capability = 'gpu', 'NVIDIA H100 80GB HBM3', '9.0'
-
-  run = resolve(changed(), [Device()])
+  devices = [small.Device('gpu', 'NVIDIA H100 80GB HBM3', '9.0')]
+  run = resolve(changed(), devices)
   assert run.program.numerics.attend.__name__ == 'cudnn'
   config = changed(compute__dtype='float32', model__dropout=0.1, save__keep=0)
   with pytest.raises(Mistake) as e:
-    resolve(config, [Device()])
+    resolve(config, devices)
   for told in ('compute.dtype: got float32', 'model.dropout: got 0.1', 'save.keep: got 0'):
     assert told in str(e.value)
   config.compute.attention, config.save.keep = 'chunked', 1
-  assert resolve(config, [Device()]).program.numerics.attend.__name__ == 'chunked'
+  assert resolve(config, devices).program.numerics.attend.__name__ == 'chunked'
 
 
 def test_profile_names_steps():

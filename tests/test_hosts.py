@@ -57,6 +57,10 @@ def test_two_processes_are_one_run_that_one_goes_on_with(straight, corpus, tmp_p
   out, _ = finished(together(2, 2, args(tmp_path, corpus, **half)))
   assert out.count('model    26,400 parameters') == 1 and out.count('held-out loss') == 1
   assert 'tensor 2 on cpu, 2 processes of 2 devices' in out
+  assert 'hosts    2, at 127.0.0.1:' in out
+  # JAX numbers the devices of the second process from 2048.
+  assert 'fsdp 2 over the slow links between 2 nodes; within each tensor 2' in out
+  assert 'order    0–1 2048–2049\n' in out
   train.main(config(tmp_path, corpus, train_tokens=2048.0, resume__accept_changes=True))
   got = records(tmp_path)
   wanted = [r for r in records(straight[0]) if r['sequences'] <= 64]
@@ -74,12 +78,30 @@ def test_two_processes_are_one_run_that_one_goes_on_with(straight, corpus, tmp_p
 def test_any_axis_may_cross_the_processes(corpus, tmp_path, together, mesh):
   settings = {'train_tokens': 2048.0, 'model__n_layers': 4}
   train.main(config(tmp_path / 'one', corpus, mesh__data=8, **settings))
-  finished(together(4, 1, args(tmp_path / 'four', corpus, **settings, **mesh)))
+  out, _ = finished(together(4, 1, args(tmp_path / 'four', corpus, **settings, **mesh)))
+  assert ('warning  tensor exchanges activations' in out) == ('mesh__tensor' in mesh)
   for kind in ('train', 'validation'):
     got, want = (records(tmp_path / name, kind) for name in ('four', 'one'))
     assert [r['sequences'] for r in got] == [r['sequences'] for r in want]
     for a, b in zip(got, want, strict=True):
       assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes, devices', [(2, 2), (1, 4)])
+def test_four_processes_are_gone_on_with_by_fewer(
+  straight, corpus, tmp_path, together, processes, devices
+):
+  half = {'train_tokens': 1024.0, 'mesh__fsdp': 2, 'mesh__tensor': 2}
+  finished(together(4, 1, args(tmp_path, corpus, **half)))
+  whole = {'train_tokens': 2048.0, 'mesh__fsdp': 4, 'resume__accept_changes': True}
+  finished(together(processes, devices, args(tmp_path, corpus, **whole)))
+  for got, want in zip(records(tmp_path), records(straight[0]), strict=False):
+    assert [got[k] for k in ('step', 'sequences', 'lr')] == [
+      want[k] for k in ('step', 'sequences', 'lr')
+    ]
+    assert got['loss'] == pytest.approx(want['loss'], rel=1e-3)
+  assert got['sequences'] == 64
 
 
 @pytest.mark.slow
@@ -122,6 +144,36 @@ def test_what_names_no_hosts_is_told(where):
     hosts.join(where)
 
 
+SLURM = {
+  'SLURM_JOB_ID': '7',
+  'SLURM_STEP_NODELIST': 'localhost',
+  'SLURM_NTASKS': '2',
+  'SLURM_STEP_NUM_TASKS': '2',
+}
+
+
+@pytest.mark.parametrize('nodes, gpus', [('2', ['all', 'all']), ('1', ['0', '1'])])
+def test_a_cluster_is_found_and_a_process_has_the_gpus_that_no_other_uses(
+  start_python, free_port, nodes, gpus
+):
+  """As srun starts them: one on each node, or two on one."""
+  code = """
+import jax
+from gptjax import hosts
+found = hosts.join('auto')
+print(found, jax.process_index(), jax.process_count(), jax.config.read('jax_cuda_visible_devices'))
+"""
+  port = str(free_port())
+  tasks = []
+  for i in '01':
+    env = SLURM | {'SLURM_STEP_NUM_NODES': nodes, 'JAX_COORDINATOR_PORT': port}
+    env |= {'SLURM_PROCID': i, 'SLURM_LOCALID': i}
+    tasks.append(start_python(['-c', code], stdout=subprocess.PIPE, env=env))
+  for i, task in enumerate(tasks):
+    out, err = finished(task, timeout=100)
+    assert out == f'found through SLURM {i} 2 {gpus[i]}\n', err
+
+
 def test_hosts_that_cannot_be_reached_are_told(run_python, free_port):
   code = f"""
 from gptjax import errors, hosts
@@ -130,4 +182,4 @@ with errors.told_plainly():
   hosts.join('127.0.0.1:{free_port()},2,1')
 """
   done = run_python(code, timeout=120, code=2)
-  assert "error: hosts '127.0.0.1:" in done.stderr and 'within 3 s' in done.stderr
+  assert "error: hosts '127.0.0.1:" in done.stderr and 'not all there after 3 s' in done.stderr

@@ -44,6 +44,7 @@ FLOORS = {
   'checkpoint': 2,
   'step': 3,
   'config': 3.5,
+  'summary': 3.75,
   'prepare': 4,
   'train': 4,
   'generate': 4,

@@ -1,6 +1,5 @@
 """The kernels of GPU and TPU equal the naive one, are chosen at the door, and refuse out loud."""
 
-import dataclasses
 import itertools
 import re
 
@@ -165,19 +164,10 @@ def test_block_of_a_banded_layer_is_no_larger_than_pays():
 # The choice at the door.
 
 
-@dataclasses.dataclass
-class Device:
-  """A machine that the tests do not have."""
-
-  platform: str
-  device_kind: str = ''
-  compute_capability: str = ''
-
-
-CPU = Device('cpu')
-A100 = Device('gpu', 'NVIDIA A100-SXM4-40GB', '8.0')
-H100 = Device('gpu', 'NVIDIA H100 80GB HBM3', '9.0')
-V5E = Device('tpu', 'TPU v5 lite')
+CPU = small.Device('cpu')
+A100 = small.Device('gpu', 'NVIDIA A100-SXM4-40GB', '8.0')
+H100 = small.Device('gpu', 'NVIDIA H100 80GB HBM3', '9.0')
+V5E = small.Device('tpu', 'TPU v5 lite')
 
 
 def shape(d_head=64, context=2048) -> Shape:
@@ -206,7 +196,7 @@ def test_a_name_is_that_kernel_anywhere(device):
   'told, name, device, settings',
   [
     ("compute.attention: got 'flash' on platform 'cpu', wanted one of", 'flash', CPU, {}),
-    ("got 'auto' on platform 'abacus'.*cpu, gpu, tpu", 'auto', Device('abacus'), {}),
+    ("got 'auto' on platform 'abacus'.*cpu, gpu, tpu", 'auto', small.Device('abacus'), {}),
     ('cudnn: platform: got cpu, wanted gpu; .*attention=auto', 'cudnn', CPU, {}),
     ('cudnn: platform: got tpu, wanted gpu', 'cudnn', V5E, {}),
     ('splash: platform: got gpu, wanted tpu; .*attention=auto', 'splash', H100, {}),
@@ -230,11 +220,16 @@ def test_a_name_is_that_kernel_anywhere(device):
     (
       'GPU: got compute capability 7.0 .V100., wanted 8.0',
       'auto',
-      Device('gpu', 'V100', '7.0'),
+      small.Device('gpu', 'V100', '7.0'),
       {},
     ),
-    ("GPU: got MI300X, wanted one of NVIDIA's", 'auto', Device('gpu', 'MI300X', 'gfx942'), {}),
-    ('TPU: got TPU v3, wanted v4 or later', 'auto', Device('tpu', 'TPU v3'), {}),
+    (
+      "GPU: got MI300X, wanted one of NVIDIA's",
+      'auto',
+      small.Device('gpu', 'MI300X', 'gfx942'),
+      {},
+    ),
+    ('TPU: got TPU v3, wanted v4 or later', 'auto', small.Device('tpu', 'TPU v3'), {}),
     (r'splash \(auto on tpu\): model.dropout: got 0.1.*=chunked', 'auto', V5E, {'dropout': 0.1}),
     ('splash: model.d_head: got 264, wanted at most 256', 'splash', V5E, {'d_head': 264}),
     ('splash: compute.dtype: got float16', 'splash', V5E, {'dtype': 'float16'}),

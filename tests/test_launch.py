@@ -221,7 +221,7 @@ def test_a_dry_run_under_slurm_says_what_would_run():
   assert got == [[*submitted, 'launch/slurm.sh', *TRAIN]]
   step = ['srun', '--kill-on-bad-exit=1', '--cpu-bind=none', 'launch/gpu.sh', '--hosts=auto']
   got = said('slurm.sh', *TRAIN, SLURM_JOB_ID='7', SLURM_GPUS_ON_NODE='4')
-  assert got == [['env', 'JAX_LOCAL_DEVICE_IDS=0,1,2,3', *step, *TRAIN]]
+  assert got == [[*step, *TRAIN]]
 
 
 def test_slurm_starts_one_process_a_node_and_starts_it_again():
@@ -243,21 +243,10 @@ def test_a_job_of_slurm_trains_on_all_gpus_of_a_node(fake, tmp_path):
   assert (folder / 'calls').read_text().split() == ['--kill-on-bad-exit=1', '--cpu-bind=none']
   trained = (folder / 'trained').read_text().splitlines()
   assert trained == ['-m', 'gptjax.train', *TRAIN, '--config.hosts=auto']
-  assert 'JAX_LOCAL_DEVICE_IDS=0,1\n' in (folder / 'environment').read_text()
   done = job(ROOT, SLURM_GPUS_ON_NODE='')
   assert done.returncode == 2 and 'got a job without GPUs' in done.stderr
   done = job(tmp_path)
   assert done.returncode == 2 and 'wanted the repository' in done.stderr
-
-
-@pytest.mark.parametrize(('named', 'taken'), [({}, '0'), ({'JAX_LOCAL_DEVICE_IDS': '0,1'}, '0,1')])
-def test_jax_takes_one_gpu_under_slurm_unless_told(named, taken, run_python, free_port):
-  """Why slurm.sh names them. Where the first of these fails, it need not any more."""
-  job = {'JOB_ID': 7, 'STEP_NODELIST': 'localhost', 'NTASKS': 1, 'PROCID': 0, 'LOCALID': 0}
-  env = {f'SLURM_{k}': str(v) for k, v in job.items()} | named
-  code = 'import logging, jax; logging.basicConfig(level="INFO"); jax.distributed.initialize()'
-  env['JAX_COORDINATOR_PORT'] = str(free_port())
-  assert f'visible devices: {taken}\n' in run_python(code, timeout=60, env=env).stderr
 
 
 # GKE.

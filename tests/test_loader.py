@@ -18,6 +18,8 @@ from tests import runs, small
 class Source:
   """A source of n windows, each of them its own index."""
 
+  blank = np.zeros(17, 'uint16')
+
   def __init__(self, n):
     self.n = n
 
@@ -115,14 +117,22 @@ from gptjax.data.mixture import Mixture, Stage
 address, count, index, first, end, data, fsdp, folders = json.loads(sys.argv[1])
 if count > 1:
   jax.distributed.initialize(address, count, index)
+class Watched(loader.Stream):
+  read = []
+  def __getitem__(self, index):
+    self.read.append(index)
+    return super().__getitem__(index)
+
 sources = {name: dataset.open_split(folder, 'train') for name, folder in folders.items()}
-stream = loader.Stream(sources, Mixture([Stage(0, {'a': 3, 'b': 1})]), seed=5)
+stream = Watched(sources, Mixture([Stage(0, {'a': 3, 'b': 1})]), seed=5)
 mesh = sharding.make_mesh(data, fsdp, 8 // (data * fsdp))
 ramp, microbatch = schedule.Ramp.linear(8, 32, 8, 64, 10**6), 8
 for step in ramp.steps(first):
   if step.start >= end:
     break
+  stream.read.clear()
   token_gbl = loader.place(stream, step.start, step.rows, 4, microbatch, mesh)
+  held = set()
   for shard in token_gbl.addressable_shards:
     rows = np.asarray(shard.data)
     g, b = (range(*s.indices(n)) for s, n in zip(shard.index[:2], token_gbl.shape[:2]))
@@ -130,7 +140,9 @@ for step in ramp.steps(first):
       for j, row in enumerate(b):
         at = slot * microbatch + row
         if at < step.rows:
+          held.add(step.start + at)
           print(step.start + at, hashlib.sha256(rows[i, j].tobytes()).hexdigest())
+  assert sorted(stream.read) == sorted(held), 'rows of others were read, or some twice'
 """
 
 

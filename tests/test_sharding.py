@@ -1,6 +1,7 @@
 """The tables: what divides, what is gathered, and in what dtype gradients are summed."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 from jax import P
 
-from gptjax import sharding
+from gptjax import attention, sharding
 from gptjax.errors import Mistake
 from gptjax.sizes import GPT3, Shape
 from tests import small
@@ -20,6 +21,7 @@ def test_a_letter_lies_where_the_tables_say():
     assert sharding.stored('ve') == P('tensor', 'fsdp')
     assert sharding.computed('vd') == P('tensor', None)
     assert sharding.computed('bld') == P(('data', 'fsdp'), None, None)
+    assert sharding.computed('btd') == P(('data', 'fsdp'), 'tensor', None)
   with small.on(1, 8, 1):
     assert sharding.stored('ve') == P(None, 'fsdp')
     assert sharding.stored('ncdhk') == P(None, None, 'fsdp', None, None)
@@ -50,22 +52,54 @@ def test_state_at_rest_is_split_over_fsdp_and_tensor():
   assert max(share) <= 0.5
 
 
-def test_gradients_are_reduced_in_f32_whatever_they_were_computed_in():
-  def loss(w, x_bld):
-    used = sharding.use(nnx.Param(w), 'df', jnp.bfloat16)
-    return jnp.einsum('bld,df->blf', x_bld, used).astype(jnp.float32).sum()
+def product(w_df, x_btd):
+  used_df = sharding.use(nnx.Param(w_df), 'df', jnp.bfloat16)
+  return jnp.einsum('bld,df->blf', sharding.gather_positions(x_btd), used_df)
 
+
+def scaled(w_d, x_btd):
+  return x_btd * sharding.use_rows(nnx.Param(w_d), 'd', jnp.bfloat16, 'bt', *x_btd.shape[:2])
+
+
+@pytest.mark.parametrize(
+  'used, dims, over', [(product, 'df', {'data', 'fsdp'}), (scaled, 'd', {'data', 'fsdp', 'tensor'})]
+)
+def test_gradients_are_reduced_in_f32_whatever_they_were_computed_in(used, dims, over):
+  """Over all that splits the rows, of which the positions of a residual are some."""
   with small.on(2, 2, 2):
-    w = jax.device_put(np.ones((8, 8), 'f'), sharding.stored('df'))
-    x_bld = jax.device_put(jnp.ones((4, 3, 8), jnp.bfloat16), sharding.computed('bld'))
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(w, x_bld)
-  unreduced = [
-    eqn
+    w = jax.device_put(np.ones((8, 8)[: len(dims)], 'f'), sharding.stored(dims))
+    x_btd = jax.device_put(jnp.ones((4, 6, 8), jnp.bfloat16), sharding.computed('btd'))
+    loss = lambda w, x_btd: used(w, x_btd).astype(jnp.float32).sum()
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(w, x_btd)
+  summed = [
+    eqn.invars[0].aval
     for eqn in jaxpr.eqns
     if eqn.primitive.name == 'reshard' and eqn.invars[0].aval.sharding.spec.unreduced
   ]
-  assert len(unreduced) == 1
-  assert unreduced[0].invars[0].aval.dtype == jnp.float32
+  (gradient,) = [a for a in summed if a.shape == w.shape]
+  assert gradient.dtype == jnp.float32 and gradient.sharding.spec.unreduced == over
+
+
+def test_sequence_parallelism_changes_where_the_residual_lies_and_nothing_else(monkeypatch):
+  """With the row of the table and without: equal gradients, and a quarter of each residual kept."""
+  shape = dataclasses.replace(small.SHAPE, n_layers=8, context=64)
+  program = small.program(shape, attend=attention.chunked, remat='weights', dropout=0.1)
+  token_gbl = small.rows(1, 4, shape=shape)
+
+  def measured():
+    with small.on(tensor=4):
+      args = small.init(program)['params'], small.put(token_gbl), 0, 4
+      compiled = jax.jit(program.gradients).lower(*args).compile()
+      held = compiled.memory_analysis().temp_size_in_bytes
+      return jax.device_get(compiled(*args)), held
+
+  got, split = measured()
+  monkeypatch.setitem(sharding.COMPUTE, 't', None)
+  want, whole = measured()
+  small.assert_close(got, want)
+  residual = 4 * token_gbl.shape[1] * shape.context * shape.d_model  # bytes in f32
+  # The input of each half of a block is kept, and in each its norm's.
+  assert whole - split > 3 / 4 * residual * 2 * 2 * shape.n_layers
 
 
 def test_mesh_that_does_not_divide_the_model_lists_everything():
@@ -76,7 +110,60 @@ def test_mesh_that_does_not_divide_the_model_lists_everything():
   assert 'd_model over the mesh axis fsdp: got 32 over 3' in told
   assert 'n_heads over the mesh axis tensor: got 4 over 5' in told
   assert 'd_ff' in told and 'padded vocabulary' in told
+  assert 'context over the mesh axis tensor: got 16 over 5' in told
   assert '--config.mesh.fsdp= one of 1, 2, 4, 8' in told
+
+
+def machine(nodes, each):
+  return [small.Device('gpu', id=i, slice_index=i // each) for i in range(nodes * each)]
+
+
+def sizes(stage=1, data=1, fsdp=1, tensor=1):
+  return {'stage': stage, 'data': data, 'fsdp': fsdp, 'tensor': tensor}
+
+
+@pytest.mark.parametrize(
+  'mesh, nodes, slow_axes, want',
+  [
+    (sizes(data=8), 1, 'auto', {}),
+    (sizes(data=4, fsdp=8), 4, 'auto', sizes(data=4)),
+    (sizes(data=2, fsdp=16), 4, 'auto', sizes(data=2, fsdp=2)),
+    (sizes(stage=4, data=2, fsdp=4), 4, 'auto', sizes(data=2, stage=2)),
+    (sizes(stage=4, data=2, fsdp=4), 4, 'stage', sizes(stage=4)),
+    (sizes(stage=2, data=4, fsdp=4), 4, 'stage,data', sizes(stage=2, data=2)),
+    (sizes(data=6, fsdp=4), 4, 'auto', sizes(data=2, fsdp=2)),
+    (sizes(tensor=16), 2, 'auto', sizes(tensor=2)),
+    (sizes(fsdp=4, tensor=2), 2, 'tensor', sizes(tensor=2)),
+  ],
+)
+def test_slow_links_cut_the_axes_that_are_named(mesh, nodes, slow_axes, want):
+  devices = machine(nodes, math.prod(mesh.values()) // nodes)
+  assert sharding.cross(mesh, devices, slow_axes) == want
+
+
+@pytest.mark.parametrize('nodes, slow_axes', [(2, 'auto'), (4, 'stage'), (4, 'tensor,data')])
+def test_devices_that_fast_links_join_lie_together_but_along_slow_axes(nodes, slow_axes):
+  mesh = sizes(stage=4, data=2, fsdp=2, tensor=2)
+  devices = machine(nodes, 32 // nodes)[::-1]
+  across = sharding.cross(mesh, devices, slow_axes)
+  ordered = sharding.make_mesh(**mesh, devices=devices, across=across).devices
+  assert sorted(d.id for d in ordered.flat) == list(range(32))
+  node = np.vectorize(lambda d: d.slice_index)(ordered)
+  for i, axis in enumerate(sharding.AXES):
+    changes = (np.diff(node, axis=i) != 0).sum(i)
+    assert (changes == across[axis] - 1).all()
+
+
+def test_axes_that_cannot_cross_are_told():
+  mesh = sizes(stage=2, fsdp=4)
+  for wrong in ('', 'date', 'data,', 'data,data'):
+    with pytest.raises(Mistake, match='wanted auto or some of data, stage, fsdp, tensor'):
+      sharding.cross(mesh, machine(2, 4), wrong)
+  with pytest.raises(Mistake, match='mesh.slow_axes: got stage 2 over 4 nodes'):
+    sharding.cross(mesh, machine(4, 2), 'stage')
+  uneven = machine(2, 4)[1:]
+  with pytest.raises(Mistake, match='devices of 2 nodes: got 3 on one and 4 on another'):
+    sharding.cross(sizes(fsdp=7), uneven, 'auto')
 
 
 def test_mesh_that_divides_is_accepted():

@@ -257,17 +257,6 @@ def test_steps_are_counted_on_through_a_change_of_the_ramp(corpus, tmp_path):
   assert state_of(tmp_path)[1]['step'] == 6
 
 
-@pytest.mark.parametrize(
-  'profile, told',
-  [('3-4', 'steps 3 … 4'), ('2-9', 'steps 3 … 9'), ('1-2', 'no step'), ('99-100', 'no step')],
-)
-def test_steps_of_a_profile_that_are_not_taken_are_told(corpus, profile, told):
-  run = resolve(config('x', corpus, profile=profile), jax.devices())
-  opened = corpora.open_all(corpus, run.program.shape)
-  said = train.describe(run, opened, Mixture([Stage(0, opened.stage)]), start=16, taken=2)
-  assert f'profile  {told}' in said
-
-
 def test_metrics_whose_checkpoints_are_gone_are_not_erased(straight, corpus, tmp_path):
   shutil.copytree(straight[0], tmp_path / 'run')
   shutil.rmtree(tmp_path / 'run' / 'checkpoints')
@@ -343,20 +332,6 @@ def test_a_damaged_checkpoint_loses_nothing(straight, corpus, tmp_path):
   assert clock(records(workdir)) == clock(records(straight[0]))
   last, wanted = records(workdir)[-1]['loss'], records(straight[0])[-1]['loss']
   assert last == pytest.approx(wanted, rel=1e-3)
-
-
-def test_verdict_says_over_what_it_is_and_what_is_missing(corpus, tmp_path):
-  opened = corpora.open_all(corpus, resolve(config('x', corpus), jax.devices()).program.shape)
-  there = opened.first.validation.windows
-  record = {'kind': 'validation', 'step': 1, 'sequences': 8, 'tokens': 256, 'loss': 1.0}
-  record |= {'bits_per_byte': 0.5, 'windows': 3}
-  (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
-  assert f'over 3 of {there} windows' in train.verdict(tmp_path, opened)
-  record['windows'] = there
-  (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
-  assert ' windows' not in train.verdict(tmp_path, opened)
-  (tmp_path / 'metrics.jsonl').write_text(json.dumps(record | {'kind': 'train'}) + '\n')
-  assert 'held-out loss  not in metrics.jsonl' in train.verdict(tmp_path, opened)
 
 
 def test_a_mixture_goes_on_through_a_change_of_its_weights(corpus, tmp_path, monkeypatch):

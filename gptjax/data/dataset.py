@@ -147,8 +147,11 @@ class Windows:
   def __init__(self, folder: str, split: str):
     self._folder, self._split = str(folder), split
     with told_as(f'corpus {folder!r}', 'a TFDS dataset', AGAIN, Exception):
-      self._source = tfds.builder_from_directory(folder).as_data_source(split)
+      builder = tfds.builder_from_directory(folder)
+      self._source = builder.as_data_source(split)
+      tokens = builder.info.features['tokens']
     self._length = len(self._source)
+    self.blank = np.zeros(tokens.shape, tokens.np_dtype)  # like a window, and none
 
   def __len__(self) -> int:
     return self._length

@@ -26,6 +26,7 @@ class Stream:
   def __init__(self, sources: Mapping[str, Sequence], mixture: Mixture, seed: int):
     """`sources` of the mixture's last stage at least, each by the name that the mixture uses."""
     self._mixture = mixture
+    self.blank = next(iter(sources.values())).blank
     self._shuffled = {name: _shuffled(name, source, seed) for name, source in sources.items()}
 
   def __getitem__(self, index: int) -> np.ndarray:
@@ -48,7 +49,7 @@ def place(
   """The windows `start … start + count - 1` as rows on a mesh, then rows of zeros.
 
   Args:
-    windows: a `Stream`, or a source in its own order.
+    windows: a `Stream`, or a source in its own order; with one like them of zeros as `blank`.
     start: index of the first window.
     count: windows to read, at most slices · rows.
     slices: g.
@@ -59,24 +60,25 @@ def place(
     Tokens [g, b, context + 1], in order along g and b. Each process reads only the rows of its
     own devices.
   """
-  first = windows[start]
   index_gb = start + np.arange(slices * rows).reshape(slices, rows)
-  already_read = {}  # devices that differ only along `tensor` hold the same rows
+  blank, already_read = (
+    windows.blank,
+    {},
+  )  # devices that differ only along `tensor` hold the same rows
 
   def read(index):
     mine_gb = index_gb[index[:2]]
     key = mine_gb.tobytes()
     if key not in already_read:
-      token_gbl = np.zeros((*mine_gb.shape, len(first)), first.dtype)
+      token_gbl = np.tile(blank, (*mine_gb.shape, 1))
       for at in zip(*np.nonzero(mine_gb < start + count), strict=True):
-        i = int(mine_gb[at])
-        token_gbl[at] = first if i == start else windows[i]
+        token_gbl[at] = windows[int(mine_gb[at])]
       already_read[key] = token_gbl
     return already_read[key]
 
   with jax.set_mesh(mesh):  # which is not set in another thread
     layout = jax.NamedSharding(mesh, sharding.computed('gbl'))
-  return jax.make_array_from_callback((slices, rows, len(first)), layout, read)
+  return jax.make_array_from_callback((slices, rows, len(blank)), layout, read)
 
 
 def prefetch(make: Callable, items: Iterable, depth: int) -> Iterator[tuple]:
