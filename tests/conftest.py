@@ -107,10 +107,11 @@ def start_python() -> Callable[..., subprocess.Popen]:
     devices: int = 1,
     stdout: int = subprocess.DEVNULL,
     env: Mapping[str, str] | None = None,
+    cwd: str | pathlib.Path = ROOT,
   ) -> subprocess.Popen:
     return subprocess.Popen(
       [sys.executable, *args],
-      cwd=ROOT,
+      cwd=cwd,
       env=_environment(devices) | (env or {}),
       stdout=stdout,
       stderr=subprocess.PIPE,

@@ -138,6 +138,22 @@ def test_processes_that_differ_are_refused(corpus, tmp_path, free_port, start_py
   assert not (tmp_path / 'metrics.jsonl').exists()
 
 
+def test_a_workdir_that_a_process_does_not_see_is_told(corpus, tmp_path, free_port, start_python):
+  """Its path is the same for all, and leads to another folder in one."""
+  at, processes = f'127.0.0.1:{free_port()},2', []
+  for i in range(2):
+    _, module, file, *rest = args('run', corpus, hosts=f'{at},{i}', mesh__fsdp=2)
+    command = ['-m', module, f'--config={ROOT}/{file.removeprefix("--config=")}', *rest]
+    (tmp_path / str(i)).mkdir()
+    env = {'PYTHONPATH': str(ROOT)}
+    processes.append(start_python(command, env=env, cwd=tmp_path / str(i)))
+  for i, process in enumerate(processes):
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert f'error: process {i} of 2: workdir: got run, which processes [1] do not share' in err
+  assert not list(tmp_path.rglob('.seen-*'))
+
+
 @pytest.mark.parametrize('where', ['', 'nowhere', '10.0.0.1,2,0', '10.0.0.1:80,2,2', 'a:1,2'])
 def test_what_names_no_hosts_is_told(where):
   with pytest.raises(Mistake, match="hosts: got '.*', wanted 'auto', 'one' or 'address:port"):
