@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import orbax.checkpoint as ocp
 from etils import epath
 
+from gptjax import hosts
 from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 # What a resume may change, by the longest prefix of a setting's name. FREE are knobs of the
@@ -92,13 +93,15 @@ class Checkpoints:
   def _failure_told(self) -> Iterator[None]:
     fix = 'making room; the same command goes on from the last one that is whole'
     try:
-      # A full disk has many names here.
-      with told_as(f'checkpoints in {self._manager.directory}', 'to be written', fix, Exception):
-        yield
-    except Mistake:
+      yield
+    except Exception as e:
+      if isinstance(e, Mistake) or hosts.lost_a_peer(e):
+        raise
       # The first of many writes that failed is told; asyncio would log the others below it.
       logging.getLogger('asyncio').addFilter(lambda log: 'never retrieved' not in log.getMessage())
-      raise
+      # A full disk has many names here.
+      with told_as(f'checkpoints in {self._manager.directory}', 'to be written', fix, Exception):
+        raise
 
 
 def load_params(folder: epath.Path, abstract: dict) -> dict:

@@ -1,25 +1,30 @@
 """The processes of a run: how each finds the others, and that all of them run the same."""
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 from etils import epath
+from jax._src import distributed
 from jax._src.clusters import ClusterEnv
-from jax.experimental import multihost_utils
 
 from gptjax.errors import Mistake, mistake, told_as
 
 AUTO, ONE = 'auto', 'one'
 JOIN_SECONDS = 300  # to wait for the others at the start: a large machine boots unevenly
+TELL_SECONDS = 10  # before it is said that they are waited for
+READ_SECONDS = 3  # in which the others learn why the first process ends
+LEFT = 'gptjax/left'  # under which a process says why it ends
 # How JAX names the clusters that it finds, and how people do.
 CLUSTERS = {
   'GceTpuCluster': 'the metadata of TPU VMs',
@@ -52,6 +57,8 @@ def join(where: str) -> str:
     given, at = _parsed(where), f'at {where.split(",")[0]}'
   wanted = 'processes that find each other'
   fix = "--config.hosts='ADDRESS:PORT,PROCESSES,INDEX', or one"
+  # It would catch SIGTERM, and tell nobody who does not ask.
+  jax.config.update('jax_enable_preemption_service', False)
   with _giving_up(f'hosts {where!r}, {at}'):
     with told_as(f'hosts {where!r}, {at}', wanted, fix, ValueError, RuntimeError, KeyError):
       # Later than ours, which is told and not a stack trace of C++.
@@ -73,7 +80,7 @@ def _cluster() -> str:
 
 
 def _parsed(where: str) -> dict:
-  match = re.fullmatch(r'([^,]+:(\d+)),(\d+),(\d+)', where)
+  match = re.fullmatch(r'((?:[\w.-]+|\[[\w:.%]+\]):(\d+)),(\d{1,7}),(\d{1,7})', where)
   if not match or int(match[4]) >= int(match[3]) or not 0 < int(match[2]) < 2**16:
     wanted = f"'{AUTO}', '{ONE}' or 'address:port,processes,index'"
     raise mistake('hosts', repr(where), wanted, "--config.hosts='10.0.0.1:8476,2,0'")
@@ -98,18 +105,22 @@ def _giving_up(what: str) -> Iterator[None]:
   """Ends this process if what is inside takes longer than all may wait for each other."""
 
   def leave():
-    fix = 'starting all, at an address that all reach'
+    fix = 'starting all, each with its own index, at an address that all reach'
     told = mistake(what, f'not all there after {JOIN_SECONDS} s', 'all processes', fix)
     print(f'error: {told}', file=sys.stderr, flush=True)
     os._exit(2)
 
-  timer = threading.Timer(JOIN_SECONDS, leave)
-  timer.daemon = True
-  timer.start()
+  wait = f'{what}: waiting for all processes, at most {JOIN_SECONDS} s'
+  tell = functools.partial(print, wait, file=sys.stderr, flush=True)
+  timers = [threading.Timer(JOIN_SECONDS, leave), threading.Timer(TELL_SECONDS, tell)]
+  for timer in timers:
+    timer.daemon = True
+    timer.start()
   try:
     yield
   finally:
-    timer.cancel()
+    for timer in timers:
+      timer.cancel()
 
 
 def first() -> bool:
@@ -143,14 +154,35 @@ def leaving_at_once() -> Iterator[None]:
     yield
     return
   except Mistake as e:
-    told, code = f'error: {name}: {e}', 2
+    why, told, code = str(e), f'error: {name}: {e}', 2
   except KeyboardInterrupt:
-    told, code = f'{name}: interrupted', 130
-  except BaseException:
-    told, code = f'{traceback.format_exc()}{name} ended', 1
+    why, told, code = 'interrupted', f'{name}: interrupted', 130
+  except BaseException as e:
+    why, told, code = repr(e), f'{traceback.format_exc()}{name} ended', 1
+    if lost_a_peer(e):
+      told += ', since another one did or cannot be reached'
   print(told, file=sys.stderr, flush=True)
   sys.stdout.flush()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    _client().key_value_set(f'{LEFT}/{jax.process_index()}', why[:1000], True)
+    if first():
+      time.sleep(READ_SECONDS)  # for the others to read it: this process keeps what they say
   os._exit(code)
+
+
+def lost_a_peer(e: BaseException) -> bool:
+  """Whether JAX raised this because another process is gone."""
+  return bool(re.search(r'Gloo|[Cc]oordination ?[Ss]ervice|NCCL|Connection (reset|closed)', str(e)))
+
+
+def meet() -> None:
+  """Waits until all processes came as far as this, before the first collective.
+
+  Raises:
+    Mistake: with what another process said when it ended.
+  """
+  if jax.process_count() > 1:
+    _exchange('here')
 
 
 def check_alike(about: dict, workdir: epath.Path) -> None:
@@ -159,23 +191,57 @@ def check_alike(about: dict, workdir: epath.Path) -> None:
   Args:
     about: what must be equal: JSON.
     workdir: where the first one puts a file, which the others must see.
+
+  Raises:
+    Mistake: also with what another process said when it ended.
   """
   if jax.process_count() == 1:
     return
-  digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).digest()
-  all_digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-  others = [i for i, d in enumerate(all_digests) if d.tobytes() != all_digests[0].tobytes()]
+  digests = _exchange(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest())
+  others = [i for i, digest in enumerate(digests) if digest != digests[0]]
   if others:
     got = f'another config or another version of the code in {others}'
     raise mistake('processes', got, 'the same as in process 0', 'one command for all of them')
-  token = workdir / f'.seen-{all_digests[0].tobytes().hex()[:16]}'
+  token = workdir / f'.seen-{digests[0][:16]}'
   if first():
     token.write_text('')
-  multihost_utils.sync_global_devices('the first process wrote a file in the workdir')
-  seen = multihost_utils.process_allgather(np.array(token.exists()))
+  _exchange('the first process wrote it')
+  blind = [i for i, seen in enumerate(_exchange(str(token.exists()))) if seen != 'True']
   if first():
     token.unlink()
-  if not seen.all():
-    blind = [int(i) for i in np.flatnonzero(~seen)]
+  if blind:
     got = f'{workdir}, which processes {blind} do not share'
     raise mistake('workdir', got, 'one folder that all processes see', 'a shared file system')
+
+
+_topics = itertools.count()  # all processes ask the same in the same order
+
+
+def _exchange(mine: str) -> list[str]:
+  """What each process says.
+
+  Not by a collective of JAX's: those wait less for who opens large corpora, and nobody learns from
+  them why another one has ended.
+  """
+  topic, end = f'gptjax/said/{next(_topics)}', time.monotonic() + JOIN_SECONDS
+  _client().key_value_set(f'{topic}/{jax.process_index()}', mine)
+  return [_heard(topic, i, end) for i in range(jax.process_count())]
+
+
+def _heard(topic, index, end):
+  while True:
+    try:
+      return _client().blocking_key_value_get(f'{topic}/{index}', 1000)
+    except jax.errors.JaxRuntimeError as e:
+      if 'DEADLINE_EXCEEDED' not in str(e):
+        raise
+    for key, why in _client().key_value_dir_get(LEFT):
+      fix = 'what it says, and starting all again'
+      raise mistake(f'process {key.rsplit("/", 1)[1]}', f'its end: {why}', 'all to run', fix)
+    if time.monotonic() > end:
+      got, fix = f'no word for {JOIN_SECONDS} s after it joined', 'looking at what it does'
+      raise mistake(f'process {index}', got, 'one', fix)
+
+
+def _client():
+  return distributed.global_state.client

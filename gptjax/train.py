@@ -56,6 +56,7 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
   (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK):
     raise PermissionError('not writable')
+  hosts.meet()
   commit = git_commit()
   saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
   with contextlib.closing(saved_in) as checkpoints, told_from_where(checkpoints):

@@ -12,7 +12,7 @@
 # '.[cuda13]'); PYTHON names its interpreter. CUDA_VISIBLE_DEVICES=0,1 leaves the other GPUs alone;
 # with --hosts=auto this machine is one of several, as in launch/slurm.sh.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 
 dry='' hosts=one

@@ -5,7 +5,7 @@
 #
 # Names the process that dies first, and ends the others. PYTHON names the interpreter.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 
 dry=
@@ -24,7 +24,26 @@ s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
-pids=()
+pids=() stopped=''
+
+end_all() {
+  for pid in "${pids[@]}"; do
+    kill -KILL -- "-$pid" 2>/dev/null || true
+  done
+}
+# The first signal asks them to end, and is waited for; another one ends them.
+stop() {
+  if [ "$stopped" ]; then
+    end_all
+  else
+    stopped=$1
+    kill -INT "${pids[@]}" 2>/dev/null || true
+  fi
+}
+trap end_all EXIT
+trap 'stop 130' INT
+trap 'stop 143' TERM HUP
+
 for ((i = 0; i < processes; i++)); do
   command=("$PYTHON" -m gptjax.train "$@" "--config.hosts=127.0.0.1:$port,$processes,$i")
   if [ "$dry" ]; then
@@ -32,25 +51,28 @@ for ((i = 0; i < processes; i++)); do
     printf ' %q' "${command[@]}"
     echo ' &'
   else
+    set -m # a group of its own: without it, it would ignore Ctrl-C
     "${command[@]}" </dev/null &
+    set +m
     pids+=($!)
   fi
 done
-[ "$dry" ] && exit
 
-trap 'kill -INT "${pids[@]}" 2>/dev/null' INT TERM
-code=0
-left=$processes
-while [ "$left" -gt 0 ] && [ "$code" = 0 ]; do
+left=${#pids[@]}
+while [ "$left" -gt 0 ]; do
+  code=0
   wait -n -p ended || code=$?
+  if [ -z "${ended:-}" ]; then # a signal came
+    [ "$code" != 127 ] || break
+    continue
+  fi
   left=$((left - 1))
+  if [ "$code" != 0 ] && [ -z "$stopped" ]; then
+    for i in "${!pids[@]}"; do
+      [ "${pids[$i]}" != "$ended" ] || echo "process $i ended first, with code $code" >&2
+    done
+    sleep 2 # for what the others have to say of it
+    exit "$code"
+  fi
 done
-if [ "$code" != 0 ]; then
-  for i in "${!pids[@]}"; do
-    [ "${pids[$i]}" = "${ended:-}" ] && echo "process $i ended first, with code $code" >&2
-  done
-  sleep 2 # for what the others have to say of it
-  kill -KILL "${pids[@]}" 2>/dev/null || true
-  wait
-fi
-exit "$code"
+[ -z "$stopped" ] || exit "$stopped"

@@ -20,7 +20,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 # SLURM runs a copy of this file that lies elsewhere, in the folder where sbatch was.
-[ "${SLURM_JOB_ID:-}" ] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ "${SLURM_JOB_ID:-}" ] || cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 mistake() {
   echo "error: $1; try ${2:-launch/slurm.sh --nodes=2 --config=configs/gpt3.py:125m …}" >&2

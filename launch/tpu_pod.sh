@@ -23,7 +23,7 @@
 # Wants gcloud, logged in, and its key in ssh-agent (ssh-add ~/.ssh/google_compute_engine). The run
 # ends with this command, so start it where it may stay; started again, it goes on.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 mistake() {
   echo "error: $1; try launch/tpu_pod.sh --name=a --zone=us-east5-a --type=v5p-32 …" >&2

@@ -18,7 +18,7 @@
 #
 # Wants xpk and its tools (gcloud, kubectl, crane), and a cluster that xpk made.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 mistake() {
   echo "error: $1; try launch/xpk.sh --name=a --cluster=mine --type=v5p-32 --config=…" >&2

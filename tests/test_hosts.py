@@ -41,7 +41,8 @@ def together():
   yield start
   for process in started:
     if process.poll() is None:
-      os.killpg(process.pid, signal.SIGKILL)
+      for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
       process.communicate()
 
 
@@ -109,10 +110,7 @@ def test_a_process_that_dies_is_named_and_a_relaunch_goes_on(corpus, tmp_path, t
   settings = {'mesh__fsdp': 2, 'train_tokens': 6144.0}
   finished(together(2, 1, args(tmp_path / 'straight', corpus, **settings)))
   process = together(2, 1, args(tmp_path / 'run', corpus, **settings))
-  path = tmp_path / 'run' / 'metrics.jsonl'
-  while not path.exists() or len(path.read_text().splitlines()) < 8:
-    assert process.poll() is None, process.communicate()
-    time.sleep(0.02)
+  wait_for_steps(tmp_path / 'run', process)
   ranks = psutil.Process(process.pid).children()
   (second,) = [p for p in ranks if any(w.endswith(',2,1') for w in p.cmdline())]
   second.kill()
@@ -123,6 +121,63 @@ def test_a_process_that_dies_is_named_and_a_relaunch_goes_on(corpus, tmp_path, t
   got, want = records(tmp_path / 'run'), records(tmp_path / 'straight')
   bits = lambda records: [(r['sequences'], r['loss'], r['grad_norm'], r['lr']) for r in records]
   assert bits(got) == bits(want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'name, twice, code',
+  [('SIGINT', False, 130), ('SIGTERM', False, 143), ('SIGHUP', False, 143), ('SIGINT', True, 130)],
+)
+def test_a_launcher_that_is_stopped_leaves_nobody_behind(
+  corpus, tmp_path, together, name, twice, code
+):
+  """Each process hears of it and says from where it goes on, but for an impatient user."""
+  process = together(2, 1, args(tmp_path, corpus, mesh__fsdp=2, train_tokens=1e6))
+  wait_for_steps(tmp_path, process)
+  ranks = psutil.Process(process.pid).children()
+  process.send_signal(getattr(signal, name))
+  if twice:
+    process.send_signal(getattr(signal, name))
+  _, err = finished(process, code=code, timeout=60)
+  assert not psutil.wait_procs(ranks, timeout=5)[1]
+  if not twice:
+    assert 'stopped; the same command goes on from ' in err and 'interrupted' in err
+  assert 'ended first' not in err
+
+
+def wait_for_steps(workdir, process):
+  path = workdir / 'metrics.jsonl'
+  while not path.exists() or len(path.read_text().splitlines()) < 8:
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.02)
+
+
+def test_sigterm_ends_a_process_and_the_others_follow(corpus, tmp_path, together):
+  process = together(2, 1, args(tmp_path, corpus, mesh__fsdp=2, train_tokens=1e6))
+  wait_for_steps(tmp_path, process)
+  ranks = psutil.Process(process.pid).children()
+  ranks[0].terminate()
+  _, err = finished(process, code=143, timeout=30)
+  assert 'ended first, with code 143' in err and not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+@pytest.mark.parametrize('wrong', [0, 1])
+def test_a_process_that_finds_a_mistake_tells_the_others(
+  corpus, tmp_path, free_port, start_python, wrong
+):
+  at, processes = f'127.0.0.1:{free_port()},2', []
+  for i in range(2):
+    sources = corpus if i != wrong else '/nowhere'
+    settings = {'hosts': f'{at},{i}', 'data__sources': sources, 'mesh__fsdp': 2}
+    processes.append(start_python(args(tmp_path, corpus, **settings)))
+  said = []
+  for process in processes:
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    said.append(err)
+  assert f'error: process {wrong} of 2: corpus' in said[wrong]
+  told = f'error: process {1 - wrong} of 2: process {wrong}: got its end: corpus'
+  assert told in said[1 - wrong] and 'Traceback' not in said[1 - wrong]
 
 
 def test_processes_that_differ_are_refused(corpus, tmp_path, free_port, start_python):
@@ -154,7 +209,21 @@ def test_a_workdir_that_a_process_does_not_see_is_told(corpus, tmp_path, free_po
   assert not list(tmp_path.rglob('.seen-*'))
 
 
-@pytest.mark.parametrize('where', ['', 'nowhere', '10.0.0.1,2,0', '10.0.0.1:80,2,2', 'a:1,2'])
+@pytest.mark.parametrize(
+  'where',
+  [
+    '',
+    'nowhere',
+    '10.0.0.1,2,0',
+    '10.0.0.1:80,2,2',
+    'a:1,2',
+    'a b:80,2,0',
+    'http://a:80,2,0',
+    '::1:80,2,0',
+    'a:80,99999999999,0',
+    'a:99999,2,0',
+  ],
+)
 def test_what_names_no_hosts_is_told(where):
   with pytest.raises(Mistake, match="hosts: got '.*', wanted 'auto', 'one' or 'address:port"):
     hosts.join(where)

@@ -173,6 +173,21 @@ def test_a_dry_run_of_local_processes_says_what_would_run():
   ]
 
 
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)
+def test_a_script_finds_its_repository_through_a_link(script, tmp_path):
+  (tmp_path / 'link').symlink_to(script)
+  done = subprocess.run(
+    [tmp_path / 'link'],
+    cwd=tmp_path,
+    env=os.environ | {'BASH_XTRACEFD': '2', 'SHELLOPTS': 'xtrace', 'PYTHON': 'no-python'},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=60,
+  )
+  assert f'cd {ROOT}/launch/..' in done.stderr
+
+
 def test_a_dry_run_on_gpus_says_what_would_run():
   train = ['python', '-m', 'gptjax.train', *TRAIN]
   memory = 'XLA_CLIENT_MEM_FRACTION=0.9'
