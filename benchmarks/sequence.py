@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sequence --aot=h100`: what sequence parallelism saves.
+"""`python -m benchmarks.sequence --aot=h100:1x8`: what sequence parallelism saves.
 
 Compiles the training step of a size for a machine that need not be there, with the residual's
 positions split over `tensor` and without, and prints what a device holds besides inputs and
@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import aot
-from gptjax import kernels, sharding, sizes
+from gptjax import kernels, machines, sharding, sizes
 from gptjax.errors import told_plainly
 from gptjax.model import REMAT, Numerics
 from gptjax.optimizer import AdamW
@@ -48,16 +47,14 @@ def compiled(a: argparse.Namespace, devices, remat: str, tensor: int):
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--aot', choices=aot.TOPOLOGY, default='h100', help='the machine')
+  parser.add_argument('--aot', default='h100:1x8', help='the machine, of eight devices')
   parser.add_argument('--size', choices=sizes.GPT3, default='6.7b')
   parser.add_argument('--layers', type=int, help='other than the size has')
   parser.add_argument('--rows', type=int, default=1, help='sequences for each part of fsdp')
   parser.add_argument('--remat', choices=REMAT, nargs='+', default=['weights', 'dots'])
   a = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
-  if aot.missing(a.aot):
-    parser.error(f'--aot={a.aot} needs {aot.missing(a.aot)}')
-  devices = aot.devices(a.aot)
+  devices = machines.devices(a.aot)
   print(f'{a.size}, {a.rows} × 2048 tokens a device of fsdp, on 8 {devices[0].device_kind}')
   split = sharding.COMPUTE['t']
   print(f'{"remat":10}{"tensor":>8}{"whole MB":>12}{"split MB":>12}')

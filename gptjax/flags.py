@@ -1,5 +1,6 @@
 """The door of every entry: `--config=file.py --config.key=value`, checked before anything runs."""
 
+import argparse
 import contextlib
 import difflib
 import importlib.util
@@ -16,20 +17,24 @@ from ml_collections import ConfigDict, config_flags
 from gptjax.errors import Mistake, mistake, raise_all, told_as, told_plainly
 
 
-def run(main: Callable[[ConfigDict], None], doc: str | None) -> None:
+def run(
+  main: Callable[..., None], doc: str | None, options: argparse.ArgumentParser | None = None
+) -> None:
   """Parses the command line and calls `main(config)`; a Mistake ends it with exit code 2.
 
-  `--help` prints `doc` and, given a config, its knobs.
+  `--help` prints `doc` and, given a config, its knobs. Flags that are no knobs are taken by
+  `options`, if there is one, and what it makes of them is the second argument of `main`.
   """
   with told_plainly():
     if {'--help', '-help', '-h'} & set(sys.argv[1:]):
       print(_help(sys.argv, doc))
       return
-    config = parse(sys.argv)
+    own, words = options.parse_known_args(sys.argv[1:]) if options else (None, sys.argv[1:])
+    config = parse([sys.argv[0], *words])
     # Libraries with absl flags of their own refuse to be used before these are parsed.
     flags.FLAGS(sys.argv[:1])
     with _told_where_stopped(), _lacks_nothing(sys.argv):
-      main(config)
+      main(config, own) if options else main(config)
 
 
 @contextlib.contextmanager

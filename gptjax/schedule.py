@@ -116,13 +116,16 @@ class Ramp:
 
   def slots(self, microbatch: int) -> tuple[int, int]:
     """Rows computed over the run in slices of `microbatch`, and those of them that weigh 0."""
-    computed = start = 0
+    computed = sum(steps * -(-rows // microbatch) for rows, steps in self.stretches()) * microbatch
+    return computed, computed - self.total
+
+  def stretches(self) -> Iterator[tuple[int, int]]:
+    """The rows of a step and how many steps of so many follow each other, over the whole run."""
+    start = 0
     for rung, end in zip(self.rungs, self._ends(), strict=True):
       whole, rest = divmod(end - start, rung.batch)
-      for rows, steps in ((rung.batch, whole), (rest, 1)):
-        computed += steps * -(-rows // microbatch) * microbatch
+      yield from ((rows, steps) for rows, steps in ((rung.batch, whole), (rest, 1)) if rows * steps)
       start = end
-    return computed, computed - self.total
 
   def _ends(self) -> list[int]:
     """Where each rung ends, none after the run."""

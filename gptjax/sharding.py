@@ -81,15 +81,24 @@ def make_mesh(
 
 def nodes(devices: Sequence[jax.Device]) -> list[list[int]]:
   """The ids of devices by what fast links join: TPU slices, machines with GPUs, CPU processes."""
-  by_process, found = _by_process(devices), collections.defaultdict(list)
+  found = collections.defaultdict(list)
   for device in devices:
-    found[device.process_index if by_process else device.slice_index].append(device.id)
+    node = device.process_index if _by_process(devices) else getattr(device, 'slice_index', 0)
+    found[node].append(device.id)
   return [found[key] for key in sorted(found)]
 
 
 def _by_process(devices):
-  # JAX sees that processes with CPU devices are on one machine, and takes them for one node.
-  return devices[0].platform == 'cpu' or not hasattr(devices[0], 'slice_index')
+  """Whether it is a process that tells a device's node, and not the slice that JAX counts it to."""
+  platform = devices[0].platform
+  if platform in ('cpu', 'tpu'):
+    # Processes with CPU devices on one machine are one slice for JAX, and here stand for as many
+    # machines. A TPU that is one slice need not say which.
+    return platform == 'cpu'
+  # A slice of GPUs is what NVLink joins, a machine mostly. Ahead of time JAX calls all one slice.
+  slices = {getattr(device, 'slice_index', 0) for device in devices}
+  processes = {device.process_index for device in devices}
+  return len(slices) == 1 < len(processes) < len(devices)
 
 
 def cross(sizes: dict[str, int], devices: Sequence[jax.Device], slow_axes: str) -> dict[str, int]:

@@ -20,6 +20,8 @@ FLOORS = {
   'files': 0,
   'flags': 0.5,
   'sizes': 0,
+  'hlo': 0,
+  'machines': 0,
   'sharding': 0.5,
   'schedule': 0,
   'data.tokenizer': 0,
@@ -45,10 +47,12 @@ FLOORS = {
   'step': 3,
   'config': 3.5,
   'summary': 3.75,
+  'estimate': 1.5,
   'prepare': 4,
   'train': 4,
   'generate': 4,
   'report': 4,
+  'plan': 4,
 }
 EVERYWHERE = {'errors', 'files', 'flags'}
 ENTRIES = {name for name, floor in FLOORS.items() if floor == 4}

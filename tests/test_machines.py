@@ -1,0 +1,80 @@
+"""The table of chips, and devices of machines that are not there."""
+
+import pytest
+
+from gptjax import machines, metrics, sharding
+from gptjax.errors import Mistake
+
+
+@pytest.mark.parametrize('name', machines.CHIPS)
+def test_a_chip_is_one_that_metrics_know(name):
+  chip = machines.CHIPS[name]
+  assert metrics.peak_flops(chip.kind) and chip.source
+  assert chip.slow is None or chip.slow < chip.fast < chip.bandwidth < 1e13
+  assert 2**33 < chip.memory < 2**38
+
+
+@pytest.mark.parametrize(
+  'wrong', ['', 'v5p', 'v5p:', 'v5q:2x2', 'h100:8', 'h100:2x8x8', 'v5p:2x2x2*', 'v5e:2x-2', ':2x2']
+)
+def test_a_topology_that_is_none_is_told_with_those_that_are(wrong):
+  with pytest.raises(Mistake, match='--topology: got .*wanted a TPU .v4, v5e, v5p, v6e.*h100'):
+    machines.check(wrong)
+
+
+@pytest.mark.parametrize(
+  'topology, told',
+  [
+    ('v5p:2x2x2', "no libtpu, wanted a compiler for v5p.*'.[plan-tpu]'"),
+    ('h100:1x8', "no jax-cuda12-plugin, jax-cuda12-pjrt.*'.[plan-gpu]'"),
+  ],
+)
+def test_a_compiler_that_is_not_installed_is_told(monkeypatch, topology, told):
+  monkeypatch.setattr(machines, '_installed', lambda module: False)
+  with pytest.raises(Mistake) as e:
+    machines.check(topology)
+  for part in told.split('.*'):
+    assert part in str(e.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'topology, nodes',
+  [
+    ('v4:2x2x2', [8]),
+    ('v5e:4x4', [16]),
+    ('v5e:2x4*2', [8, 8]),
+    ('v5p:2x2x2', [8]),
+    ('v6e:2x4', [8]),
+    ('tpu7x:2x2x1', [8]),
+    ('a100:1x8', [8]),
+    ('h100:4x8', [8, 8, 8, 8]),
+    ('h200:2x8', [8, 8]),
+  ],
+)
+def test_devices_are_what_the_table_says_and_lie_on_nodes(topology, nodes):
+  skip_unless_compiled_for(topology)
+  devices = machines.devices(topology)
+  assert {d.device_kind for d in devices} == {machines.chip(topology).kind}
+  assert [len(ids) for ids in sharding.nodes(devices)] == nodes
+  mesh = {'stage': 1, 'data': len(nodes), 'fsdp': nodes[0], 'tensor': 1}
+  across = sharding.cross(mesh, devices, 'auto')
+  assert across == (dict.fromkeys(mesh, 1) | {'data': len(nodes)} if nodes[1:] else {})
+  ordered = sharding.make_mesh(**mesh, devices=devices, across=across).devices
+  assert ordered.shape == tuple(mesh.values())
+  rows = [sorted(d.id for d in row.flat) for row in ordered[0]]
+  assert rows == [sorted(ids) for ids in sharding.nodes(devices)]
+
+
+@pytest.mark.slow
+def test_a_size_that_its_compiler_does_not_know_is_told():
+  skip_unless_compiled_for('v5e:2x4')
+  with pytest.raises(Mistake, match='--topology=v5e:3x5: got '):
+    machines.devices('v5e:3x5')
+
+
+def skip_unless_compiled_for(topology):
+  try:
+    machines.check(topology)
+  except Mistake as e:
+    pytest.skip(str(e))
