@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 INSTALLED := .venv/installed
 
-.PHONY: .venv train test test-slow test-all lint clean
+.PHONY: .venv train test test-slow test-all plan lint clean
 
 .venv: $(INSTALLED)
 
@@ -42,6 +42,12 @@ test-slow: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(PYTEST) -m 'not gpu'
+
+# Compiles the eight GPT-3 runs for TPUs and H100s that need not be there; some 10 minutes.
+plan: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[plan-tpu,plan-gpu]' \
+	  -c constraints.txt
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.plans --readme
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

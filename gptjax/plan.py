@@ -5,12 +5,16 @@ what it computes, moves and sends, and from that how long the run takes at best.
 
   --topology=…   v4:2x2x2, v5e:4x4, v5p:4x4x8, v5p:4x4x8*2 (two slices), v6e:16x16, h100:16x8 (16
                  nodes of 8), h200:…, a100:…
+  --search=N     compiles for N meshes, with the microbatch and remat policy that seem to fit each,
+                 and ranks them
   --json=FILE    the same figures for programs
 """
 
 import argparse
 import contextlib
+import copy
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -22,22 +26,23 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gptjax import estimate, flags, hlo, machines, metrics, sharding
+from gptjax import estimate, flags, hlo, machines, metrics, search, sharding
 from gptjax.config import Run, resolve
 from gptjax.data import dataset
-from gptjax.errors import mistake, told_as
+from gptjax.errors import Mistake, mistake, told_as
 from gptjax.estimate import Seconds, Work
 from gptjax.machines import Chip
 
-SMALLER = (
-  '--config.compute.remat=full, a smaller --config.compute.microbatch, or more devices along '
-  '--config.mesh.fsdp, tensor or stage'
-)
 OPTIONS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 OPTIONS.add_argument('--topology', default='')
+OPTIONS.add_argument('--search', type=int, default=0)
 OPTIONS.add_argument('--json', default='')
 # Of a GPU's memory JAX takes so much (launch/gpu.sh); a TPU's is its compiler's to fill.
 USABLE = {'gpu': 0.9, 'tpu': 1.0, 'cpu': 1.0}
+
+
+class DoesNotFit(Mistake):
+  """The compiler refuses a program that wants more memory than there is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,10 @@ class Plan:
   memory: Memory
   besides: Work  # of a step besides its slices
   each: Work  # of each slice, or turn of a pipeline
+
+  @property
+  def fits(self) -> bool:
+    return self.memory.held <= self.memory.there
 
   @property
   def turns(self) -> int:
@@ -107,21 +116,119 @@ class Plan:
 
 def main(config: ConfigDict, options: argparse.Namespace) -> None:
   """Prints the plan of a config; ends with code 1 if it does not fit."""
-  plan = make(config, options.topology)
+  try:
+    if options.search:
+      plan = best(config, options.topology, options.search)
+    else:
+      plan = make(config, options.topology)
+  except DoesNotFit as e:
+    print(e)
+    print(cure(config, options.topology))
+    raise SystemExit(1) from e
   print(table(plan))
   if options.json:
     with told_as('--json', 'a file to write', 'another --json', OSError):
       pathlib.Path(options.json).write_text(json.dumps(as_json(plan), indent=2) + '\n')
-  if plan.memory.held > plan.memory.there:
+  if not plan.fits:
+    print(cure(config, options.topology))
     raise SystemExit(1)
 
 
 def make(config: ConfigDict, topology: str) -> Plan:
   """Compiles the training step of a config for a topology, and reads what came of it."""
+  devices = devices_of(topology)
+  return plan_for(resolve(config, devices), devices, machines.chip(topology), topology)
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+  """Those of a machine, with JAX itself on the CPU."""
   machines.check(topology)
   jax.config.update('jax_platforms', 'cpu')
-  devices = machines.devices(topology)
-  return plan_for(resolve(config, devices), devices, machines.chip(topology), topology)
+  return machines.devices(topology)
+
+
+def best(config: ConfigDict, topology: str, count: int) -> Plan:
+  """Compiles for so many meshes, prints a line for each, and returns the fastest that fits."""
+  devices, chip = devices_of(topology), machines.chip(topology)
+  shape, batch, there = *_model(config, devices), usable(chip, devices)
+  found = []
+  print(HEADS)
+  for mesh in itertools.islice(search.meshes(shape, batch, devices, there), count):
+    for settings in search.policies(batch, mesh):
+      made = _with(config, settings, devices)
+      if not seems_to_fit(made, devices, there):
+        continue
+      with contextlib.suppress(DoesNotFit):
+        plan = plan_for(made, devices, chip, topology)
+        print(line(plan), flush=True)
+        if plan.fits:
+          found.append(plan)
+          break
+  if not found:
+    raise mistake('--search', 'no mesh that fits', 'one', 'a larger --topology')
+  print()
+  return min(found, key=lambda plan: sum(plan.run_seconds))
+
+
+def cure(config: ConfigDict, topology: str, compiles: int = 3) -> str:
+  """Settings with which it would fit, found by compiling a few: of its own mesh, or another."""
+  devices, chip = devices_of(topology), machines.chip(topology)
+  shape, batch, there = *_model(config, devices), usable(chip, devices)
+  meshes = [resolve(config, devices).mesh, *search.meshes(shape, batch, devices, there)]
+  for settings in itertools.chain.from_iterable(search.policies(batch, mesh) for mesh in meshes):
+    made = _with(config, settings, devices)
+    if not seems_to_fit(made, devices, there):
+      continue
+    if not compiles:
+      break
+    compiles -= 1
+    with contextlib.suppress(DoesNotFit):
+      plan = plan_for(made, devices, chip, topology)
+      if plan.fits:
+        knobs = ' '.join(f'--config.{name}={value}' for name, value in settings.knobs().items())
+        return f'it would fit, with {plan.memory.held / 1e9:,.2f} GB held: {knobs}'
+  return 'no mesh, microbatch or remat policy was found with which it fits'
+
+
+def _model(config, devices):
+  """The shape and the full batch, whatever mesh and microbatch the config has."""
+  alone = search.Settings(dict.fromkeys(sharding.AXES, 1), 1, 'full')
+  run = _with(config, alone, devices[:1])
+  return run.program.shape, run.slices
+
+
+def _with(config, settings, devices) -> Run:
+  changed = copy.deepcopy(config)
+  changed.update_from_flattened_dict(settings.knobs() | {'mesh.slow_axes': 'auto'})
+  return resolve(changed, devices)
+
+
+def seems_to_fit(run: Run, devices: Sequence[jax.Device], there: int) -> bool:
+  """What is known without compiling: the state, its gradients, and what is kept of a slice."""
+  mesh = sharding.make_mesh(**run.mesh, devices=devices, across=run.across)
+  with jax.set_mesh(mesh):
+    state = run.program.abstract_state()
+    held = _bytes(state) + _bytes(state['params']) + kept_activations(run)
+  return held < 0.9 * there
+
+
+HEADS = (
+  'stage·data·fsdp·tensor  microbatch  remat  memory GB   s a step, at best … without overlap'
+  '    days'
+)
+
+
+def line(plan: Plan) -> str:
+  """A plan in a line, under HEADS."""
+  run, step = plan.run, plan.seconds(plan.step)
+  rows = run.microbatch // (run.mesh['data'] * run.mesh['fsdp'])
+  mesh = '·'.join(str(size) for size in run.mesh.values())
+  least, most = (seconds / 86400 for seconds in plan.run_seconds)
+  fits = '' if plan.fits else '  does not fit'
+  return (
+    f'{mesh:22}  {rows:10}  {run.program.numerics.remat:5}  {plan.memory.held / 1e9:9.1f}  '
+    f'{step.least:17.3f} … {step.most:<15.3f}  {least:6.1f} … {most:<6.1f}{fits}'
+  )
 
 
 def plan_for(run: Run, devices: Sequence[jax.Device], chip: Chip, topology: str) -> Plan:
@@ -144,10 +251,15 @@ def plan_for(run: Run, devices: Sequence[jax.Device], chip: Chip, topology: str)
     chip=chip,
     run=run,
     compile_seconds=took,
-    memory=memory(run, mesh, compiled, int(chip.memory * USABLE[devices[0].platform])),
+    memory=memory(run, mesh, compiled, usable(chip, devices)),
     besides=besides,
     each=once.plus(besides, -1),
   )
+
+
+def usable(chip: Chip, devices: Sequence[jax.Device]) -> int:
+  """Bytes that a run may hold on each device."""
+  return int(chip.memory * USABLE[devices[0].platform])
 
 
 @contextlib.contextmanager
@@ -159,7 +271,7 @@ def refusals_told() -> Iterator[None]:
     if sizes := estimate.out_of_memory(str(e)):
       used, there = (f'{size / 1e9:,.2f} GB' for size in sizes)
       over = f'{(sizes[0] - sizes[1]) / 1e9:,.2f} GB too much'
-      raise mistake('memory of a device', f'{used}, {over}', f'at most {there}', SMALLER) from e
+      raise DoesNotFit(f'memory of a device: {used} wanted, {there} there: {over}') from e
     words = '\n'.join(line[:200] for line in str(e).splitlines()[:8])
     fix = 'another topology or mesh, or compute.attention=chunked'
     raise mistake('the compiler', f'its refusal: {words}', 'a program', fix) from e
@@ -317,7 +429,7 @@ def as_json(plan: Plan) -> dict:
     'chip': dataclasses.asdict(plan.chip),
     'mesh': run.mesh,
     'across': run.across,
-    'fits': plan.memory.held <= plan.memory.there,
+    'fits': plan.fits,
     'memory': dataclasses.asdict(plan.memory) | {'held': plan.memory.held},
     'step': {
       'sequences': run.slices * run.microbatch,

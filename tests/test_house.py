@@ -47,6 +47,7 @@ FLOORS = {
   'step': 3,
   'config': 3.5,
   'summary': 3.75,
+  'search': 3.75,
   'estimate': 1.5,
   'prepare': 4,
   'train': 4,
