@@ -43,11 +43,10 @@ test-slow: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(PYTEST) -m 'not gpu'
 
-# Compiles the eight GPT-3 runs for TPUs and H100s that need not be there; some 10 minutes.
-plan: $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[plan-tpu,plan-gpu]' \
-	  -c constraints.txt
-	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.plans --readme
+# Plans the eight GPT-3 runs on TPUs and H100s that need not be there. Wants the extras plan-tpu and
+# plan-gpu, in an environment of their own: BIN names its folder of programs.
+plan:
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.plans
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,11 +1,10 @@
 """`python -m benchmarks.plans`: the eight GPT-3 runs, planned on a TPU and on H100s.
 
 For each it takes the first mesh that `gptjax.plan --search` would compile, with the microbatch and
-remat policy that fit it, and writes the table into README.md. Nothing is run.
+remat policy that fit it, and prints a table in Markdown. Nothing is run.
 """
 
 import argparse
-import pathlib
 
 import jax
 
@@ -13,8 +12,6 @@ from configs import gpt3
 from gptjax import plan
 from gptjax.errors import told_plainly
 
-README = pathlib.Path(__file__).parents[1] / 'README.md'
-MARK = '<!-- python -m benchmarks.plans -->\n'
 MACHINES = {
   '125m': ('v5e:2x4', 'h100:1x8'),
   '350m': ('v5e:4x4', 'h100:1x8'),
@@ -55,17 +52,10 @@ def row(size: str, topology: str) -> str:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--sizes', nargs='+', choices=MACHINES, default=[*MACHINES])
-  parser.add_argument('--readme', action='store_true', help='write the table into README.md')
   a = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
-  table = HEAD
-  for size in a.sizes:
-    for topology in MACHINES[size]:
-      table += row(size, topology)
-  print(table)
-  if a.readme:
-    before, _, after = README.read_text().split(MARK)
-    README.write_text(f'{before}{MARK}{table}{MARK}{after}')
+  table = HEAD + ''.join(row(size, topology) for size in a.sizes for topology in MACHINES[size])
+  print(table, end='')
 
 
 if __name__ == '__main__':

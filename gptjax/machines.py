@@ -6,6 +6,7 @@ extra plan-gpu). Neither wants the hardware, and JAX itself may run on the CPU.
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 
@@ -104,6 +105,9 @@ GPU = {
   ),
 }
 CHIPS = TPU | GPU
+FLAT = ('v5e', 'v6e')  # whose torus has two dims
+N = r'[1-9]\d*'
+MOST = 2**15  # devices: what is more is a slip of the keyboard, and takes hours to compile for
 # What XLA's compiler wants to know of a GPU besides: units, clock in GHz, compute capability, and
 # bytes of L2 and of shared memory of a unit. OpenXLA lists them for each (xla/backends/gpu/
 # target_config/specs, Apache 2.0); the whitepapers of Ampere and Hopper print them.
@@ -124,17 +128,19 @@ COMPILED_AS['h200'] = COMPILED_AS['h100']
 def check(topology: str) -> None:
   """Raises a Mistake for what names no machine, or one whose compiler is not installed."""
   name, _, size = topology.partition(':')
-  form = r'\d+(x\d+)+(\*\d+)?' if name in TPU else r'\d+x\d+'
-  if name not in CHIPS or not re.fullmatch(form, size):
+  # A torus of two dims or of three; a GPU's node has eight at most.
+  dims = 1 if name in FLAT else 2
+  form = rf'{N}(x{N}){{{dims}}}(\*{N})?' if name in TPU else rf'{N}x[1-8]'
+  known = name in CHIPS and re.fullmatch(form, size)
+  if not known or math.prod(map(int, re.findall(r'\d+', size))) > MOST:
     wanted = f'a TPU ({", ".join(TPU)}) or GPU ({", ".join(GPU)}) and how many'
     fix = 'v5p:4x4x8, v5p:4x4x8*2 for two slices, or h100:16x8 for 16 nodes of 8'
     raise mistake('--topology', repr(topology), wanted, fix)
   if lacking := _missing(name):
     extra = 'plan-tpu' if name in TPU else 'plan-gpu'
     wanted = f'a compiler for {name}: {lacking}'
-    raise mistake(
-      '--topology', f'{topology}, and no {lacking}', wanted, f"pip install -e '.[{extra}]'"
-    )
+    fix = f"pip install -e '.[{extra}]' -c constraints.txt"
+    raise mistake('--topology', f'{topology}, and no compiler for it', wanted, fix)
 
 
 def devices(topology: str) -> list[jax.Device]:

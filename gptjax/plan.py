@@ -1,10 +1,11 @@
-"""`python -m gptjax.plan --config=configs/gpt3.py:175b --topology=v5p:8x8x8` tells a run's cost.
+"""`python -m gptjax.plan --config=configs/gpt3.py:125m --topology=v5e:4x4` tells a run's cost.
 
 It compiles the training step for a machine that need not be there, and tells what a device holds,
 what it computes, moves and sends, and from that how long the run takes at best. Nothing is run.
 
-  --topology=…   v4:2x2x2, v5e:4x4, v5p:4x4x8, v5p:4x4x8*2 (two slices), v6e:16x16, h100:16x8 (16
-                 nodes of 8), h200:…, a100:…
+  --topology=…   v4:2x2x2, v5e:4x4, v5p:4x4x8 (128 chips, which Google calls v5p-256),
+                 v5p:4x4x8*2 (two slices), v6e:16x16, tpu7x:2x2x1 (4 chips, 8 devices),
+                 h100:16x8 (16 nodes of 8), h200:…, a100:…
   --search=N     compiles for N meshes, with the microbatch and remat policy that seem to fit each,
                  and ranks them
   --json=FILE    the same figures for programs
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gptjax import estimate, flags, hlo, machines, metrics, search, sharding
+from gptjax import estimate, flags, hlo, machines, metrics, search, sharding, summary
 from gptjax.config import Run, resolve
 from gptjax.data import dataset
 from gptjax.errors import Mistake, mistake, told_as
@@ -70,6 +71,7 @@ class Plan:
   devices: int
   chip: Chip
   run: Run
+  order: list[int]  # the ids of the devices, as they lie in the mesh
   compile_seconds: float
   memory: Memory
   besides: Work  # of a step besides its slices
@@ -116,6 +118,8 @@ class Plan:
 
 def main(config: ConfigDict, options: argparse.Namespace) -> None:
   """Prints the plan of a config; ends with code 1 if it does not fit."""
+  if options.json and not pathlib.Path(options.json).absolute().parent.is_dir():
+    raise mistake('--json', options.json, 'a file in a folder that is there', 'another --json')
   try:
     if options.search:
       plan = best(config, options.topology, options.search)
@@ -123,15 +127,21 @@ def main(config: ConfigDict, options: argparse.Namespace) -> None:
       plan = make(config, options.topology)
   except DoesNotFit as e:
     print(e)
+    write_json(options.json, {'topology': options.topology, 'fits': False, 'why': str(e)})
     print(cure(config, options.topology))
     raise SystemExit(1) from e
   print(table(plan))
-  if options.json:
-    with told_as('--json', 'a file to write', 'another --json', OSError):
-      pathlib.Path(options.json).write_text(json.dumps(as_json(plan), indent=2) + '\n')
+  write_json(options.json, as_json(plan))
   if not plan.fits:
     print(cure(config, options.topology))
     raise SystemExit(1)
+
+
+def write_json(path: str, found: dict) -> None:
+  """Writes what was found, if there is a path."""
+  if path:
+    with told_as('--json', 'a file to write', 'another --json', OSError):
+      pathlib.Path(path).write_text(json.dumps(found, indent=2) + '\n')
 
 
 def make(config: ConfigDict, topology: str) -> Plan:
@@ -233,6 +243,9 @@ def line(plan: Plan) -> str:
 
 def plan_for(run: Run, devices: Sequence[jax.Device], chip: Chip, topology: str) -> Plan:
   """The same for a config that was checked."""
+  if run.across and chip.slow is None:
+    wanted = 'a chip for which that is published'
+    raise mistake('--topology', f'{topology}, slices over an unknown network', wanted, 'one slice')
   mesh = sharding.make_mesh(**run.mesh, devices=devices, across=run.across)
   start = time.perf_counter()
   with refusals_told():
@@ -250,6 +263,7 @@ def plan_for(run: Run, devices: Sequence[jax.Device], chip: Chip, topology: str)
     devices=len(devices),
     chip=chip,
     run=run,
+    order=[device.id for device in mesh.devices.flat],
     compile_seconds=took,
     memory=memory(run, mesh, compiled, usable(chip, devices)),
     besides=besides,
@@ -369,14 +383,16 @@ def table(plan: Plan) -> str:
     f'{shape.n_params:,} parameters; {run.slices} slices of {run.microbatch} sequences; '
     f'{run.program.numerics.dtype.name}, remat {run.program.numerics.remat}, '
     f'attention {run.program.numerics.attend.__name__}; compiled in {plan.compile_seconds:.0f} s',
+    *(f'{name:8} {told}' for name, told in summary.links(run, plan.order).items()),
     '',
     'Memory of a device',
   ]
   for field in dataclasses.fields(Memory)[:-1]:
     lines.append(f'  {field.name:14}{gb(getattr(m, field.name))}')
   left = m.there - m.held
+  share = f' ({m.there / plan.chip.memory:.0%} of all)' * (m.there < plan.chip.memory)
   fits = f'fits, with {left / 1e9:,.2f} GB left' if left >= 0 else f'{-left / 1e9:,.2f} GB too much'
-  lines += [f'  {"together":14}{gb(m.held)} of {m.there / 1e9:,.2f} GB: {fits}', '']
+  lines += [f'  {"together":14}{gb(m.held)} of {m.there / 1e9:,.2f} GB{share}: {fits}', '']
   ratio = plan.step.flops / plan.model_flops
   lines += [
     f'A step of {run.slices * run.microbatch:,} sequences, on each device',
@@ -396,7 +412,8 @@ def table(plan: Plan) -> str:
   lines += [
     f'  rows of filler {surplus / computed:12.2%} of the run, from rounding batches up to slices',
     '',
-    'Estimate, at the rates of the data sheet: no measurement, and no run is faster than "at best"',
+    'Estimate, no measurement: at best the longest of three takes all time, at the rates of the '
+    'data sheet',
     f'  compute        {step.compute:12.3f} s at {plan.peak / 1e12:,.0f} TFLOP/s',
     f'  memory         {step.memory:12.3f} s at {plan.chip.bandwidth / 1e9:,.0f} GB/s',
     f'  network        {step.network:12.3f} s at {plan.chip.fast / 1e9:,.0f} GB/s'

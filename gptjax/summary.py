@@ -32,7 +32,7 @@ def describe(
     'mesh': ' · '.join(f'{axis} {size}' for axis, size in run.mesh.items())
     + ' on '
     + ', '.join(filter(None, (mesh.devices.flat[0].device_kind, hosts.described()))),
-    **_links(run, mesh),
+    **links(run, [device.id for device in mesh.devices.flat]),
     'compute': f'{numerics.dtype.name}, remat {numerics.remat}, '
     f'attention {numerics.attend.__name__}',
   }
@@ -56,8 +56,8 @@ def describe(
   return '\n'.join(f'{name:8} {line}' for name, line in lines.items())
 
 
-def _links(run, mesh):
-  """Lines on how the mesh lies on several nodes."""
+def links(run: Run, order: Sequence[int]) -> dict[str, str]:
+  """Lines on how a mesh lies on several nodes, with the ids of its devices in order."""
   if not run.across:
     return {}
   count = math.prod(run.across.values())
@@ -66,7 +66,7 @@ def _links(run, mesh):
   told = f'{parts(run.across)} over the slow links between {count} nodes'
   lines = {
     'links': f'{told}; within each {parts(within) or "one device"}',
-    'order': in_ranges([device.id for device in mesh.devices.flat]),
+    'order': f'of devices {in_ranges(order)}',
   }
   if run.across['tensor'] > 1:
     lines['warning'] = (

@@ -145,7 +145,8 @@ def told_from_where(checkpoints: checkpoint.Checkpoints) -> Iterator[None]:
   except KeyboardInterrupt:
     saved = checkpoints.wait()
     where = f'the last checkpoint, sequence {saved:,}' if saved else 'the start: none was saved yet'
-    print(f'stopped; the same command goes on from {where}', file=sys.stderr, flush=True)
+    if hosts.first():
+      print(f'stopped; the same command goes on from {where}', file=sys.stderr, flush=True)
     raise
 
 

@@ -23,8 +23,8 @@ while [[ "${1:-}" == --dry-run || "${1:-}" == --hosts=* ]]; do
   esac
   shift
 done
-if [[ "${1:-}" != --config=* ]]; then
-  echo "error: got '${1:-}', wanted --config=…; try launch/gpu.sh --config=configs/gpt3.py:125m …" >&2
+if [[ "${1:-}" != --config=* || " $* " == *' --dry-run '* ]]; then
+  echo "error: got '${1:-}', wanted [--dry-run] --config=…; try launch/gpu.sh --config=configs/gpt3.py:125m …" >&2
   exit 2
 fi
 

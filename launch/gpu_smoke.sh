@@ -13,6 +13,12 @@ if [ "${1:-}" = --dry-run ]; then
   dry=1
   shift
 fi
+for word in "$@"; do
+  if [[ "$word" != --config.* ]]; then
+    echo "error: got '$word', wanted [--dry-run] --config.…; try launch/gpu_smoke.sh --dry-run" >&2
+    exit 2
+  fi
+done
 
 run() {
   printf '+'

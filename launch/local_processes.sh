@@ -13,8 +13,8 @@ if [ "${1:-}" = --dry-run ]; then
   dry=1
   shift
 fi
-if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ && "${2:-}" =~ ^[1-9][0-9]*$ ]]; then
-  echo "error: got '${1:-} ${2:-}', wanted PROCESSES DEVICES; try launch/local_processes.sh 2 4 …" >&2
+if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ && "${2:-}" =~ ^[1-9][0-9]*$ && "${3:-}" == --config=* ]]; then
+  echo "error: got '${1:-} ${2:-} ${3:-}', wanted PROCESSES DEVICES --config=…; try launch/local_processes.sh 2 4 …" >&2
   exit 2
 fi
 processes=$1 devices=$2

@@ -38,6 +38,7 @@ done
 [[ "${1:-}" == --config=* ]] || mistake "got '${1:-}', wanted --NAME=VALUE … --config=…"
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
+  [ "$dry" ] || command -v sbatch >/dev/null || mistake "got no sbatch, wanted SLURM" launch/gpu.sh
   [ "$dry" ] || mkdir -p runs # a job whose log has no folder ends and says nothing
   command=(sbatch --output=runs/slurm-%j.log "${flags[@]}" launch/slurm.sh "$@")
 else

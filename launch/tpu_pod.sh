@@ -99,9 +99,9 @@ finish() {
   local code=$?
   trap '' INT TERM HUP
   [ -z "$child" ] || kill -KILL -- "-$child" 2>/dev/null || true
-  if [ "$made" ] && [ "$keep" ]; then
+  if [ "$made" ] && [ "$keep" ] && [ -z "$dry" ]; then
     echo "tpu      $name is kept, and costs, until: ${delete[*]}"
-  elif [ "$made" ] && ! run "${delete[@]}"; then
+  elif [ "$made" ] && [ -z "$keep" ] && ! run "${delete[@]}"; then
     echo "error: $name may still be there, and cost; try ${delete[*]}" >&2
   fi
   exit "$code"

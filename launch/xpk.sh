@@ -57,6 +57,7 @@ done
 [[ " $*" == *" --config.workdir="/* ]] ||
   mistake "--config.workdir: got none or a relative one, wanted one where a storage is mounted"
 
+[ "$dry" ] || command -v xpk >/dev/null || mistake "got no xpk, wanted pip install xpk"
 printf -v command ' %q' python -m gptjax.train "$@"
 command="exec$command"
 if [ "$image" ]; then

@@ -61,7 +61,7 @@ def test_two_processes_are_one_run_that_one_goes_on_with(straight, corpus, tmp_p
   assert 'hosts    2, at 127.0.0.1:' in out
   # JAX numbers the devices of the second process from 2048.
   assert 'fsdp 2 over the slow links between 2 nodes; within each tensor 2' in out
-  assert 'order    0–1 2048–2049\n' in out
+  assert 'order    of devices 0–1 2048–2049\n' in out
   train.main(config(tmp_path, corpus, train_tokens=2048.0, resume__accept_changes=True))
   got = records(tmp_path)
   wanted = [r for r in records(straight[0]) if r['sequences'] <= 64]

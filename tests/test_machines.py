@@ -15,7 +15,23 @@ def test_a_chip_is_one_that_metrics_know(name):
 
 
 @pytest.mark.parametrize(
-  'wrong', ['', 'v5p', 'v5p:', 'v5q:2x2', 'h100:8', 'h100:2x8x8', 'v5p:2x2x2*', 'v5e:2x-2', ':2x2']
+  'wrong',
+  [
+    '',
+    'v5p',
+    'v5p:',
+    'v5q:2x2',
+    'h100:8',
+    'h100:2x8x8',
+    'h100:0x8',
+    'h100:1x16',
+    'h100:100000x8',
+    'v5p:2x2x2*',
+    'v5p:2x2',
+    'v5e:2x-2',
+    'v5e:4x4x4',
+    ':2x2',
+  ],
 )
 def test_a_topology_that_is_none_is_told_with_those_that_are(wrong):
   with pytest.raises(Mistake, match='--topology: got .*wanted a TPU .v4, v5e, v5p, v6e.*h100'):
@@ -25,8 +41,8 @@ def test_a_topology_that_is_none_is_told_with_those_that_are(wrong):
 @pytest.mark.parametrize(
   'topology, told',
   [
-    ('v5p:2x2x2', "no libtpu, wanted a compiler for v5p.*'.[plan-tpu]'"),
-    ('h100:1x8', "no jax-cuda12-plugin, jax-cuda12-pjrt.*'.[plan-gpu]'"),
+    ('v5p:2x2x2', "no compiler for it, wanted a compiler for v5p: libtpu.*'.[plan-tpu]' -c"),
+    ('h100:1x8', "no compiler for it.*jax-cuda12-plugin, jax-cuda12-pjrt.*'.[plan-gpu]' -c"),
   ],
 )
 def test_a_compiler_that_is_not_installed_is_told(monkeypatch, topology, told):

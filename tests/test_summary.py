@@ -51,7 +51,7 @@ def test_which_axes_cross_slow_links_is_said(corpus):
   assert (
     'links    data 2 · fsdp 2 over the slow links between 4 nodes; within each tensor 2' in said
   )
-  assert 'order    0–7' in said and 'warning' not in said
+  assert 'order    of devices 0–7' in said and 'warning' not in said
   said = described(c, across=one | {'data': 2, 'tensor': 2})
   assert 'within each fsdp 2' in said
   assert 'warning  tensor' in said and '--config.mesh.tensor=1 would keep it within a node' in said
