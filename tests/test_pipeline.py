@@ -64,8 +64,17 @@ def test_1f1b_is_the_model_without_a_pipeline(without, mesh):
     small.assert_close(found[rows], without[rows], rtol=1e-4, atol=1e-6)
 
 
+# As many slices as stages, fewer, and more that are no multiple of them.
 @pytest.mark.parametrize(
-  'mesh, slices', [((4, 2, 1, 1), 2), pytest.param((2, 1, 2, 2), 5, marks=SLOW)]
+  'mesh, slices',
+  [
+    ((4, 2, 1, 1), 2),
+    pytest.param((2, 1, 1, 1), 2, marks=SLOW),
+    pytest.param((2, 1, 2, 2), 5, marks=SLOW),
+    pytest.param((2, 2, 1, 2), 5, marks=SLOW),
+    pytest.param((4, 2, 1, 1), 6, marks=SLOW),
+    pytest.param((8, 1, 1, 1), 5, marks=SLOW),
+  ],
 )
 def test_gpipe_is_1f1b(mesh, slices):
   """The schedule that JAX differentiates itself, against the one whose gradient is made by hand."""
