@@ -31,15 +31,14 @@ HEAD = (
 def row(size: str, topology: str) -> str:
   """A row of the table: from the best case to that in which nothing overlaps."""
   made = plan.best(gpt3.get_config(size), topology, 1)
-  run, step = made.run, made.seconds(made.step)
-  rows = run.microbatch // (run.mesh['data'] * run.mesh['fsdp'])
+  settings, step = made.settings, made.seconds(made.step)
   least, most = made.run_seconds
   hours = [seconds / 3600 * made.devices for seconds in (least, most)]
   cells = (
     f'`{size}`',
     f'`{topology}`',
-    '·'.join(map(str, run.mesh.values())),
-    f'{rows}, `{run.program.numerics.remat}`',
+    settings.shape,
+    f'{settings.microbatch}, `{settings.remat}`',
     f'{made.memory.held / 1e9:.1f} of {made.memory.there / 1e9:.1f}',
     f'{step.least:.3g} … {step.most:.3g}',
     f'{made.mfu(step.least):.0%} … {made.mfu(step.most):.0%}',

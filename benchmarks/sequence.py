@@ -8,41 +8,22 @@ outputs.
 import argparse
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from gptjax import kernels, machines, sharding, sizes
+from configs import gpt3
+from gptjax import machines, plan, sharding, sizes
+from gptjax.config import Run, resolve
 from gptjax.errors import told_plainly
-from gptjax.model import REMAT, Numerics
-from gptjax.optimizer import AdamW
-from gptjax.step import Program
+from gptjax.model import REMAT
 
 
-def compiled(a: argparse.Namespace, devices, remat: str, tensor: int):
-  """The training step of one slice, over `tensor` and of the rest `fsdp`."""
-  row = sizes.GPT3[a.size]
-  shape = sizes.Shape(
-    a.layers or row.n_layers,
-    row.d_model,
-    row.n_heads,
-    row.d_head,
-    4 * row.d_model,
-    2048,
-    50257,
-    (None, 256),
-  )
-  sizes_of_mesh = {'stage': 1, 'data': 1, 'fsdp': len(devices) // tensor, 'tensor': tensor}
-  dtype = jnp.dtype('bfloat16')
-  attend = kernels.choose('auto', devices, shape, dtype, 0.0)
-  adamw = AdamW(0.9, 0.95, 1e-8, 0.1, 1.0)
-  program = Program(shape, Numerics(dtype, attend, remat, 0.0), adamw, 512, 0)
-  with jax.set_mesh(sharding.make_mesh(devices=devices, **sizes_of_mesh)):
-    rows = a.rows * sizes_of_mesh['fsdp']
-    layout = jax.NamedSharding(jax.sharding.get_mesh(), sharding.computed('gbl'))
-    token_gbl = jax.ShapeDtypeStruct((1, rows, shape.context + 1), jnp.uint16, sharding=layout)
-    step = jax.jit(program.train_step, donate_argnums=0)
-    args = program.abstract_state(), token_gbl, np.int32(0), np.int32(rows), np.float32(1e-4)
-    return step.lower(*args).compile()
+def run_of(a: argparse.Namespace, devices, remat: str, tensor: int) -> Run:
+  """Steps of one slice, over `tensor` and of the rest `fsdp`."""
+  c, fsdp = gpt3.get_config(a.size), len(devices) // tensor
+  c.model.n_layers = a.layers or c.model.n_layers
+  c.mesh.fsdp, c.mesh.tensor = fsdp, tensor
+  c.compute.microbatch, c.compute.remat = a.rows, remat
+  c.batch.sequences, c.batch.ramp_tokens = a.rows * fsdp, 0.0
+  return resolve(c, devices)
 
 
 def main() -> None:
@@ -61,8 +42,10 @@ def main() -> None:
   for remat in a.remat:
     for tensor in (2, 4, 8):
       print(f'{remat:10}{tensor:8}', end='', flush=True)
+      run = run_of(a, devices, remat, tensor)
+      mesh = sharding.make_mesh(**run.mesh, devices=devices)
       for sharding.COMPUTE['t'] in (None, split):
-        held = compiled(a, devices, remat, tensor).memory_analysis().temp_size_in_bytes
+        held = plan.compile_step(run, mesh).memory_analysis().temp_size_in_bytes
         print(f'{held / 1e6:12,.0f}', end='', flush=True)
       print()
 

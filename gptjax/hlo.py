@@ -203,7 +203,7 @@ class _Reader:
       total.flops += part.flops
     else:
       self._include(total, name, 1, inside=True)
-    total.bytes += _read_by(inside, operands) + _written_by(inside, i)
+    total.bytes += _read_by(inside) + _written_by(inside, i)
 
   def _collective(self, kind, i, operands) -> Collective:
     among = group(i.attributes)
@@ -216,17 +216,16 @@ class _Reader:
     return Collective(kind, tuple(axes), len(among), int(size))
 
 
-def _read_by(inside, operands) -> float:
+def _read_by(inside) -> float:
   """Bytes that a fusion reads: of an operand of which it only takes slices, the slices."""
   total = 0.0
   for j in inside:
     if j.opcode != 'parameter':
       continue
-    (array,) = j.arrays if len(j.arrays) == 1 else [None]
-    if array is None:
+    if len(j.arrays) != 1:
       total += j.moved
       continue
-    uses = [*_uses(j, inside)]
+    (array,), uses = j.arrays, [*_uses(j, inside)]
     if uses and all(use.opcode in SLICES and at == 0 for use, at in uses):
       total += sum(use.arrays[0].bytes for use, _ in uses) * array.in_memory
     elif not all(use.opcode == 'dynamic-update-slice' and at == 0 for use, at in uses):
@@ -296,7 +295,7 @@ def _convolution(i, operands) -> float:
     re.search(rf'(?<![a-z_]){name}=([\dx_-]+)', window) or [0, 'x'.join([default] * len(spatial))]
   )[1].split('x')
   dims = lambda letters, array: dict(zip(letters, array.dims, strict=True))
-  x, w, y = dims(image, operands[0].arrays[0]), dims(kernel, operands[1].arrays[0]), None
+  x, w = dims(image, operands[0].arrays[0]), dims(kernel, operands[1].arrays[0])
   y = dims(out, i.arrays[0])
   pairs = 1
   for n, c in enumerate(spatial):

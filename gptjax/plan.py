@@ -87,6 +87,23 @@ class Plan:
     return 2 * (self.run.mesh['stage'] - 1)
 
   @property
+  def idle(self) -> float:
+    """Of a pipeline's turns in a step of the full batch."""
+    return self.turns / (self.run.slices + self.turns)
+
+  @property
+  def filler(self) -> float:
+    """Of the rows that the run computes, those that only fill up slices."""
+    computed, surplus = self.run.ramp.slots(self.run.microbatch)
+    return surplus / computed
+
+  @property
+  def settings(self) -> search.Settings:
+    mesh = self.run.mesh
+    rows = self.run.microbatch // (mesh['data'] * mesh['fsdp'])
+    return search.Settings(mesh, rows, self.run.program.numerics.remat)
+
+  @property
   def step(self) -> Work:
     """Of a full batch."""
     return self.besides.plus(self.each, self.run.slices + self.turns)
@@ -230,13 +247,11 @@ HEADS = (
 
 def line(plan: Plan) -> str:
   """A plan in a line, under HEADS."""
-  run, step = plan.run, plan.seconds(plan.step)
-  rows = run.microbatch // (run.mesh['data'] * run.mesh['fsdp'])
-  mesh = '·'.join(str(size) for size in run.mesh.values())
+  settings, step, held = plan.settings, plan.seconds(plan.step), plan.memory.held / 1e9
   least, most = (seconds / 86400 for seconds in plan.run_seconds)
   fits = '' if plan.fits else '  does not fit'
   return (
-    f'{mesh:22}  {rows:10}  {run.program.numerics.remat:5}  {plan.memory.held / 1e9:9.1f}  '
+    f'{settings.shape:22}  {settings.microbatch:10}  {settings.remat:5}  {held:9.1f}  '
     f'{step.least:17.3f} … {step.most:<15.3f}  {least:6.1f} … {most:<6.1f}{fits}'
   )
 
@@ -295,10 +310,9 @@ def compile_step(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
   """The step that `train` runs, for the devices of a mesh."""
   program = run.program
   with jax.set_mesh(mesh):
-    layout = jax.NamedSharding(mesh, sharding.computed('gbl'))
     tokens = dataset.features(program.shape.context, program.shape.vocab_size)['tokens']
     shape = run.slices, run.microbatch, *tokens.shape
-    token_gbl = jax.ShapeDtypeStruct(shape, tokens.np_dtype, sharding=layout)
+    token_gbl = jax.ShapeDtypeStruct(shape, tokens.np_dtype, sharding=_layout('gbl'))
     scalars = [jax.ShapeDtypeStruct((), kind) for kind in (np.int32, np.int32, np.float32)]
     step = jax.jit(program.train_step, donate_argnums=0)
     return step.lower(program.abstract_state(), token_gbl, *scalars).compile()
@@ -339,10 +353,9 @@ def kept_activations(run: Run) -> int:
   """
   program, shape = run.program, run.program.shape
   if run.mesh['stage'] > 1:
-    B, L, D = run.microbatch, shape.context, shape.d_model
-    layout = jax.NamedSharding(jax.sharding.get_abstract_mesh(), sharding.computed('btd'))
-    one = math.prod(layout.shard_shape((B, L, D))) * program.numerics.dtype.itemsize
-    return one * (2 * run.mesh['stage'] - 1)
+    size, dtype = (run.microbatch, shape.context, shape.d_model), program.numerics.dtype
+    one = jax.ShapeDtypeStruct(size, dtype, sharding=_layout('btd'))
+    return _bytes(one) * (2 * run.mesh['stage'] - 1)
   params = program.abstract_state()['params']
   token_bl = jax.ShapeDtypeStruct(
     (run.microbatch, shape.context + 1), np.int32, sharding=_layout('bl')
@@ -375,7 +388,6 @@ def table(plan: Plan) -> str:
   step = plan.seconds(plan.step)
   least, most = plan.run_seconds
   tokens = run.ramp.total * shape.context
-  computed, surplus = run.ramp.slots(run.microbatch)
   gb = lambda size: f'{size / 1e9:12,.2f} GB'
   mesh = ' · '.join(f'{axis} {size}' for axis, size in run.mesh.items())
   lines = [
@@ -407,10 +419,9 @@ def table(plan: Plan) -> str:
       )
       lines.append(f'  {kind:15}{sent / 1e9:12,.2f} GB sent along {along}')
   if plan.turns:
-    idle = plan.turns / (run.slices + plan.turns)
-    lines.append(f'  pipeline       {idle:12.1%} of its turns idle')
+    lines.append(f'  pipeline       {plan.idle:12.1%} of its turns idle')
   lines += [
-    f'  rows of filler {surplus / computed:12.2%} of the run, from rounding batches up to slices',
+    f'  rows of filler {plan.filler:12.2%} of the run, from rounding batches up to slices',
     '',
     'Estimate, no measurement: at best the longest of three takes all time, at the rates of the '
     'data sheet',
@@ -436,9 +447,8 @@ def as_json(plan: Plan) -> dict:
   """A plan for programs: bytes, FLOPs and seconds."""
   step, run = plan.seconds(plan.step), plan.run
   least, most = plan.run_seconds
-  computed, surplus = run.ramp.slots(run.microbatch)
   sent = [
-    {'kind': kind, 'axes': axes, 'bytes': size} for (kind, axes), size in plan.step.sent.items()
+    {'kind': kind, 'axes': [*axes], 'bytes': size} for (kind, axes), size in plan.step.sent.items()
   ]
   return {
     'topology': plan.topology,
@@ -454,7 +464,7 @@ def as_json(plan: Plan) -> dict:
       'flops': plan.step.flops,
       'bytes': plan.step.bytes,
       'sent': sent,
-      'idle': plan.turns / (run.slices + plan.turns),
+      'idle': plan.idle,
     },
     'estimate': dataclasses.asdict(step)
     | {
@@ -463,7 +473,7 @@ def as_json(plan: Plan) -> dict:
       'mfu': [plan.mfu(step.least), plan.mfu(step.most)],
       'run': [least, most],
     },
-    'filler': surplus / computed,
+    'filler': plan.filler,
     'compile_seconds': plan.compile_seconds,
   }
 

@@ -22,6 +22,11 @@ class Settings:
   microbatch: int  # sequences for each part of data·fsdp
   remat: str
 
+  @property
+  def shape(self) -> str:
+    """Of the mesh, in the order of its axes."""
+    return '·'.join(map(str, self.mesh.values()))
+
   def knobs(self) -> dict[str, object]:
     """As dotted knobs of a config."""
     mesh = {f'mesh.{axis}': size for axis, size in self.mesh.items()}

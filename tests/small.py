@@ -7,8 +7,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from gptjax import attention, sharding
+from gptjax import attention, machines, sharding
+from gptjax.errors import Mistake
 from gptjax.model import Numerics
 from gptjax.optimizer import AdamW
 from gptjax.sizes import Shape
@@ -32,6 +34,15 @@ class Device:
   id: int = 0
   slice_index: int = 0
   process_index: int = 0
+
+
+def devices_or_skip(topology: str) -> list[jax.Device]:
+  """Those of a machine that is not there; skips the test where its compiler is not installed."""
+  try:
+    machines.check(topology)
+  except Mistake as e:
+    pytest.skip(str(e))
+  return machines.devices(topology)
 
 
 def program(shape: Shape = SHAPE, loss_chunk: int = 6, seed: int = 0, **numerics) -> Program:

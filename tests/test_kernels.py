@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import P
 
-from gptjax import attention, kernels, machines, sharding, sizes
+from gptjax import attention, kernels, sharding, sizes
 from gptjax.errors import Mistake
 from gptjax.sizes import Shape
 from tests import small
@@ -265,14 +265,6 @@ CALLS = {
 MACHINES = {'tpu': 'v5p:2x2x2', 'h100': 'h100:1x8'}
 
 
-def devices_or_skip(topology):
-  try:
-    machines.check(topology)
-  except Mistake as e:
-    pytest.skip(str(e))
-  return machines.devices(topology)
-
-
 def attend_on(mesh, kernel, windows, B, L, H, K, dtype=jnp.bfloat16):
   """The compiled forward and backward of a layer for each window, rows and heads split."""
   spec = P(('some', 'other'), None, 'names', None)
@@ -312,7 +304,7 @@ def assert_is_kernel_alone(program, machine, layers, B, L, H):
 @pytest.mark.parametrize('machine', MACHINES)
 @pytest.mark.parametrize('H, K', SIZES)
 def test_every_size_compiles_to_the_kernel(machine, H, K):
-  devices = devices_or_skip(MACHINES[machine])
+  devices = small.devices_or_skip(MACHINES[machine])
   mesh = jax.make_mesh((2, 2, 2), ('some', 'other', 'names'), devices=devices)
   B, L = 4, 2048
   kernel = kernels.choose('auto', devices, shape(K, L), jnp.bfloat16, 0.0)
@@ -324,7 +316,7 @@ def test_every_size_compiles_to_the_kernel(machine, H, K):
 @pytest.mark.parametrize('window, keys', [(1, 1), (256, 256), (511, 511), (512, 0), (None, 0)])
 def test_cudnn_is_asked_for_the_window(window, keys):
   """What runs on no GPU here can still be read: cuDNN counts a query's own key; 0 is dense."""
-  devices = devices_or_skip('h100')
+  devices = small.devices_or_skip('h100')
   mesh = jax.make_mesh((2, 2, 2), ('some', 'other', 'names'), devices=devices)
   text = attend_on(mesh, kernels.cudnn, (window,), 4, 512, 2, 96).as_text()
   asked = lambda name: re.findall(rf'"{name}": ?"?([\w.]+)', text)
@@ -337,7 +329,7 @@ def test_cudnn_is_asked_for_the_window(window, keys):
 @pytest.mark.parametrize('machine', MACHINES)
 def test_a_program_without_the_kernel_would_be_seen(machine):
   mesh = jax.make_mesh(
-    (2, 2, 2), ('some', 'other', 'names'), devices=devices_or_skip(MACHINES[machine])
+    (2, 2, 2), ('some', 'other', 'names'), devices=small.devices_or_skip(MACHINES[machine])
   )
   program = attend_on(mesh, attention.reference, (256,), 4, 2048, 4, 64)
   assert arrays_of_scores(program.as_text(), 2048)
@@ -350,7 +342,7 @@ def test_a_program_without_the_kernel_would_be_seen(machine):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_largest_blocks_fit_every_kind_of_tpu(topology, dtype):
   """At the widest head, and a length that is padded."""
-  devices = devices_or_skip(topology)
+  devices = small.devices_or_skip(topology)
   mesh = jax.make_mesh((2, 2, 2), ('some', 'other', 'names'), devices=devices)
   L, K = 2047, 256
   kernel = kernels.choose('auto', devices, shape(K, L), jnp.dtype(dtype), 0.0)
@@ -363,7 +355,7 @@ def test_largest_blocks_fit_every_kind_of_tpu(topology, dtype):
 @pytest.mark.parametrize('stages', [1, 2])
 def test_a_training_step_compiles_to_the_kernel(machine, stages):
   """125m with one period of its layers a stage, over data, fsdp and tensor, or stages of those."""
-  devices = devices_or_skip(MACHINES[machine])
+  devices = small.devices_or_skip(MACHINES[machine])
   row, L = sizes.GPT3['125m'], 2048
   D, H, K = row.d_model, row.n_heads, row.d_head
   few = Shape(2 * stages, D, H, K, 4 * D, L, 50257, (None, 256))

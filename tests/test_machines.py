@@ -4,6 +4,7 @@ import pytest
 
 from gptjax import machines, metrics, sharding
 from gptjax.errors import Mistake
+from tests import small
 
 
 @pytest.mark.parametrize('name', machines.CHIPS)
@@ -69,8 +70,7 @@ def test_a_compiler_that_is_not_installed_is_told(monkeypatch, topology, told):
   ],
 )
 def test_devices_are_what_the_table_says_and_lie_on_nodes(topology, nodes):
-  skip_unless_compiled_for(topology)
-  devices = machines.devices(topology)
+  devices = small.devices_or_skip(topology)
   assert {d.device_kind for d in devices} == {machines.chip(topology).kind}
   assert [len(ids) for ids in sharding.nodes(devices)] == nodes
   mesh = {'stage': 1, 'data': len(nodes), 'fsdp': nodes[0], 'tensor': 1}
@@ -84,13 +84,6 @@ def test_devices_are_what_the_table_says_and_lie_on_nodes(topology, nodes):
 
 @pytest.mark.slow
 def test_a_size_that_its_compiler_does_not_know_is_told():
-  skip_unless_compiled_for('v5e:2x4')
+  small.devices_or_skip('v5e:2x4')
   with pytest.raises(Mistake, match='--topology=v5e:3x5: got '):
     machines.devices('v5e:3x5')
-
-
-def skip_unless_compiled_for(topology):
-  try:
-    machines.check(topology)
-  except Mistake as e:
-    pytest.skip(str(e))

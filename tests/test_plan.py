@@ -6,21 +6,16 @@ import json
 import jax
 import pytest
 
-from configs import tiny
 from gptjax import machines, plan, sharding
 from gptjax.config import resolve
 from gptjax.machines import Chip
-from tests import small
-from tests.runs import SETTINGS, dotted
-from tests.test_machines import skip_unless_compiled_for
+from tests import runs, small
 
 CHIP = Chip('TPU v4', memory=10**9, bandwidth=1e12, fast=1e11, slow=1e9, source='none')
 
 
 def config(**settings):
-  c = tiny.get_config()
-  c.update_from_flattened_dict(SETTINGS | {'batch.ramp_tokens': 0.0} | dotted(settings))
-  return c
+  return runs.config('runs/x', 'data/x', **{'batch__ramp_tokens': 0.0} | settings)
 
 
 def planned(**settings):
@@ -84,7 +79,7 @@ def test_a_pipeline_idles_and_keeps_its_inputs():
 
 def test_the_table_and_the_json_say_the_same(made):
   told, found = plan.table(made), plan.as_json(made)
-  assert json.loads(json.dumps(found)) == json.loads(json.dumps(found))
+  assert json.loads(json.dumps(found)) == found
   assert found['fits'] and 'fits, with ' in told
   assert f'{found["estimate"]["step"][0]:12.3f} s at best' in told
   assert f'{found["step"]["flops"] / 1e12:12,.1f} TFLOP' in told
@@ -107,7 +102,7 @@ def test_a_topology_comes_before_all_else(run_python):
 @pytest.mark.slow
 @pytest.mark.parametrize('topology', ['v5e:2x4', 'h100:1x8'])
 def test_a_plan_is_made_for_a_machine_that_is_not_there(tmp_path, run_python, topology):
-  skip_unless_compiled_for(topology)
+  small.devices_or_skip(topology)
   path = tmp_path / 'plan.json'
   few = ['--config.model.n_layers=4', '--config.mesh.fsdp=4', '--config.mesh.tensor=2']
   command = ['-m', 'gptjax.plan', '--config=configs/gpt3.py:125m', f'--topology={topology}', *few]
@@ -121,7 +116,7 @@ def test_a_plan_is_made_for_a_machine_that_is_not_there(tmp_path, run_python, to
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_what_the_compiler_refuses(run_python):
-  skip_unless_compiled_for('v5e:2x4')
+  small.devices_or_skip('v5e:2x4')
   large = ['--config=configs/gpt3.py:6.7b', '--config.mesh.fsdp=8', '--config.model.n_layers=32']
   command = ['-m', 'gptjax.plan', *large, '--topology=v5e:2x4', '--config.compute.remat=none']
   done = run_python(command, timeout=500, code=1, env={'JAX_PLATFORMS': 'cpu'})

@@ -61,10 +61,8 @@ def place(
     own devices.
   """
   index_gb = start + np.arange(slices * rows).reshape(slices, rows)
-  blank, already_read = (
-    windows.blank,
-    {},
-  )  # devices that differ only along `tensor` hold the same rows
+  blank = windows.blank
+  already_read = {}  # devices that differ only along `tensor` hold the same rows
 
   def read(index):
     mine_gb = index_gb[index[:2]]
