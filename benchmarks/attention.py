@@ -39,7 +39,7 @@ def main() -> None:
   a = parser.parse_args()
   if a.aot:
     jax.config.update('jax_platforms', 'cpu')
-  device = machines.devices(a.aot)[0] if a.aot else jax.devices()[0]
+  device = machines.find(a.aot).devices[0] if a.aot else jax.devices()[0]
   dtype = jnp.dtype('float32' if device.platform == 'cpu' else 'bfloat16')
   if min(a.heads, a.width, a.window, a.repeats) < 1 or a.longest < LENGTHS[0]:
     parser.error(f'numbers must be 1 or more, and --longest {LENGTHS[0]} or more')

@@ -100,7 +100,7 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=3)
   a = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
-  devices = machines.devices(a.aot) if a.aot else jax.devices()
+  devices = machines.find(a.aot).devices if a.aot else jax.devices()
   devices = devices[: a.stages * a.fsdp]
   program = program_of(a, devices)
   sharding.check(

@@ -1,15 +1,16 @@
 """`python -m benchmarks.plans`: the eight GPT-3 runs, planned on a TPU and on H100s.
 
-For each it takes the first mesh that `gptjax.plan --search` would compile, with the microbatch and
-remat policy that fit it, and prints a table in Markdown. Nothing is run.
+For each it takes the first mesh, microbatch and remat policy that fit, in the order in which
+`gptjax.plan --search` tries them, and prints a table in Markdown. Nothing is run.
 """
 
 import argparse
+import itertools
 
 import jax
 
 from configs import gpt3
-from gptjax import plan
+from gptjax import machines, plan
 from gptjax.errors import told_plainly
 
 MACHINES = {
@@ -30,10 +31,12 @@ HEAD = (
 
 def row(size: str, topology: str) -> str:
   """A row of the table: from the best case to that in which nothing overlaps."""
-  made = plan.best(gpt3.get_config(size), topology, 1)
+  machine = machines.find(topology)
+  runs = itertools.chain.from_iterable(plan.candidates(gpt3.get_config(size), machine))
+  made = plan.fitting(runs, machine)
   settings, step = made.settings, made.seconds(made.step)
   least, most = made.run_seconds
-  hours = [seconds / 3600 * made.devices for seconds in (least, most)]
+  hours = [seconds / 3600 * len(made.machine.devices) for seconds in (least, most)]
   cells = (
     f'`{size}`',
     f'`{topology}`',
@@ -53,8 +56,10 @@ def main() -> None:
   parser.add_argument('--sizes', nargs='+', choices=MACHINES, default=[*MACHINES])
   a = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
-  table = HEAD + ''.join(row(size, topology) for size in a.sizes for topology in MACHINES[size])
-  print(table, end='')
+  print(HEAD, end='', flush=True)
+  for size in a.sizes:
+    for topology in MACHINES[size]:
+      print(row(size, topology), end='', flush=True)
 
 
 if __name__ == '__main__':

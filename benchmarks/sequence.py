@@ -10,7 +10,7 @@ import argparse
 import jax
 
 from configs import gpt3
-from gptjax import machines, plan, sharding, sizes
+from gptjax import ahead, machines, sharding, sizes
 from gptjax.config import Run, resolve
 from gptjax.errors import told_plainly
 from gptjax.model import REMAT
@@ -35,7 +35,7 @@ def main() -> None:
   parser.add_argument('--remat', choices=REMAT, nargs='+', default=['weights', 'dots'])
   a = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
-  devices = machines.devices(a.aot)
+  devices = machines.find(a.aot).devices
   print(f'{a.size}, {a.rows} × 2048 tokens a device of fsdp, on 8 {devices[0].device_kind}')
   split = sharding.COMPUTE['t']
   print(f'{"remat":10}{"tensor":>8}{"whole MB":>12}{"split MB":>12}')
@@ -45,7 +45,7 @@ def main() -> None:
       run = run_of(a, devices, remat, tensor)
       mesh = sharding.make_mesh(**run.mesh, devices=devices)
       for sharding.COMPUTE['t'] in (None, split):
-        held = plan.compile_step(run, mesh).memory_analysis().temp_size_in_bytes
+        held = ahead.compile_step(run, mesh).memory_analysis().temp_size_in_bytes
         print(f'{held / 1e6:12,.0f}', end='', flush=True)
       print()
 

@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
   c.compute.attention = 'auto'
   c.compute.remat = 'none'
   c.compute.loss_chunk = 128
+  c.compute.compiled = ''
 
   c.log = ConfigDict()
   c.log.progress = True

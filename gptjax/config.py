@@ -33,7 +33,7 @@ KNOBS = {
   'save': 'every_tokens keep',
   'resume': 'accept_changes',
   'mesh': 'data fsdp tensor stage slow_axes',
-  'compute': 'microbatch dtype attention remat loss_chunk',
+  'compute': 'microbatch dtype attention remat loss_chunk compiled',
   'log': 'progress tensorboard wandb',
 }
 
@@ -53,6 +53,7 @@ class Run:
   eval_sequences: int
   save_every: int
   profile: range  # step numbers to trace
+  compiled: str  # a file with the compiled step; '': it is compiled at the start
 
 
 def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
@@ -109,6 +110,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     eval_sequences=config.eval.sequences,
     save_every=sequences(config.save.every_tokens),
     profile=profile,
+    compiled=config.compute.compiled,
   )
 
 

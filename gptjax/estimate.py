@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import re
 
 from gptjax import hlo, metrics
 from gptjax.machines import Chip
@@ -130,16 +129,3 @@ def run_seconds(ramp: Ramp, microbatch: int, extra: int, besides: Seconds, each:
     step = Seconds(**parts)
     least, most = least + steps * step.least, most + steps * step.most
   return least, most
-
-
-def out_of_memory(message: str) -> tuple[float, float] | None:
-  """Bytes wanted and there, of a TPU compiler's refusal; None if it is for another reason."""
-  size = r'([\d.]+)([KMGT]?)'
-  found = re.search(rf'Used {size} of {size} hbm', message) or re.search(
-    rf'required for HLO temporaries \({size}\) exceeds available HBM \({size}\)', message
-  )
-  if not found:
-    return None
-  unit = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-  wanted, u, there, v = found.groups()
-  return float(wanted) * unit[u], float(there) * unit[v]

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -30,7 +30,7 @@ def run(
       print(_help(sys.argv, doc))
       return
     own, words = options.parse_known_args(sys.argv[1:]) if options else (None, sys.argv[1:])
-    config = parse([sys.argv[0], *words])
+    config = parse([sys.argv[0], *words], vars(own) if options else ())
     # Libraries with absl flags of their own refuse to be used before these are parsed.
     flags.FLAGS(sys.argv[:1])
     with _told_where_stopped(), _lacks_nothing(sys.argv):
@@ -63,8 +63,12 @@ def _told_where_stopped() -> Iterator[None]:
     os._exit(130)
 
 
-def parse(argv: Sequence[str]) -> ConfigDict:
+def parse(argv: Sequence[str], options: Collection[str] = ()) -> ConfigDict:
   """The locked config that a command line asks for. `argv[0]` is the program.
+
+  Args:
+    argv: without the program's own options.
+    options: what these are called, to name the one that was perhaps meant.
 
   Raises Mistake for all that is wrong in it: no file, unknown keys, values of another type.
   """
@@ -75,7 +79,7 @@ def parse(argv: Sequence[str]) -> ConfigDict:
     word = words.pop(0)
     override = re.match(r'--?(no)?config\.([^=]+)(=)?', word)
     if not override:
-      mistakes.append(_stray(word, knobs))
+      mistakes.append(_stray(word, knobs, options))
       continue
     no, key, has_value = override.groups()
     whole = re.sub(r'(\[[^]]*\])+$', '', key)  # `key[0]` is an element of a tuple
@@ -84,7 +88,7 @@ def parse(argv: Sequence[str]) -> ConfigDict:
     if not has_value and not boolean and words and not words[0].startswith('--'):
       given.append(words.pop(0))
     if whole not in knobs or (no and not boolean):
-      mistakes.append(_unknown(word, whole, knobs))
+      mistakes.append(_unknown(word, whole, knobs, options))
     elif wrong := _override(config, given, whole):
       mistakes.append(
         mistake(' '.join(given), wrong, _kind(config, whole), f'one like {knobs[whole]!r}')
@@ -180,18 +184,22 @@ def nearest(key: str, knobs: Sequence[str]) -> str | None:
   return (near or ends or [None])[0]
 
 
-def _unknown(word: str, key: str, knobs: dict[str, object]) -> Mistake:
-  near = nearest(key, list(knobs))
+def _unknown(word: str, key: str, knobs: dict[str, object], options: Collection[str]) -> Mistake:
   under = [k for k in knobs if k.startswith(key + '.')]  # a group of knobs, not a knob
-  fix = ' or '.join(f'--config.{k}' for k in under) or (f'--config.{near}' if near else '--help')
+  fix = ' or '.join(f'--config.{k}' for k in under) or _meant(key, knobs, options) or '--help'
   return mistake(word.split('=')[0], 'an unknown key', 'a key of the config', fix)
 
 
-def _stray(word: str, knobs: dict[str, object]) -> Mistake:
+def _stray(word: str, knobs: dict[str, object], options: Collection[str]) -> Mistake:
   name = word.lstrip('-').split('=')[0]
-  near = nearest(name, list(knobs))
-  fix = f'--config.{near}' if near else '--config.key=value'
+  fix = _meant(name, knobs, options) or '--config.key=value'
   return mistake(word, 'an unknown argument', '--config.key=value', fix)
+
+
+def _meant(name: str, knobs: dict[str, object], options: Collection[str]) -> str | None:
+  """How the knob or option most likely meant is written, if any is near."""
+  near = nearest(name, [*options, *knobs])
+  return near and (f'--{near}' if near in options else f'--config.{near}')
 
 
 def _help(argv: Sequence[str], doc: str | None) -> str:

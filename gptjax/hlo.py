@@ -162,10 +162,10 @@ class _Reader:
       raise ValueError(f'a conditional, of which no one knows what it takes: {i.name}')
     elif opcode == 'fusion':
       self._fusion(total, i, operands)
-    elif opcode in COLLECTIVES:
+    elif opcode in COLLECTIVES and not _goes_on(i, around.values()):
       total.collectives[self._collective(opcode, i, operands)] += 1
       total.bytes += sum(o.moved for o in operands) + i.moved
-    else:
+    elif opcode not in COLLECTIVES:
       total.flops += _flops(i, operands)
       total.bytes += _moved(i, operands)
       if opcode == 'custom-call':
@@ -214,6 +214,16 @@ class _Reader:
     size = sum(a.bytes for o in operands for a in o.arrays)
     size *= len(among) if kind == 'all-gather' else 1
     return Collective(kind, tuple(axes), len(among), int(size))
+
+
+def _goes_on(i: _Instruction, inside) -> bool:
+  """Whether a collective began in an earlier fusion, with work that a TPU does meanwhile.
+
+  Each fusion of such a chain has the collective in it; the first one starts it.
+  """
+  if not i.find(r'(chain_id)="'):
+    return False
+  return not any('"AsyncCollectiveStart"' in use.attributes for use, _ in _uses(i, inside))
 
 
 def _read_by(inside) -> float:

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies
@@ -35,6 +36,22 @@ class Chip:
   source: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """Devices of one kind, there or not, under the name of their topology."""
+
+  topology: str
+  chip: Chip
+  devices: Sequence[jax.Device]
+
+  @property
+  def memory(self) -> int:
+    """Bytes that a run may hold on each device."""
+    return int(self.chip.memory * USABLE[self.devices[0].platform])
+
+
+# Of a GPU's memory JAX takes so much (launch/gpu.sh); a TPU's is its compiler's to fill.
+USABLE = {'gpu': 0.9, 'tpu': 1.0, 'cpu': 1.0}
 DOCS = 'cloud.google.com/tpu/docs'
 TPU = {
   'v4': Chip(
@@ -136,15 +153,15 @@ def check(topology: str) -> None:
     wanted = f'a TPU ({", ".join(TPU)}) or GPU ({", ".join(GPU)}) and how many'
     fix = 'v5p:4x4x8, v5p:4x4x8*2 for two slices, or h100:16x8 for 16 nodes of 8'
     raise mistake('--topology', repr(topology), wanted, fix)
-  if lacking := _missing(name):
+  if missing := lacking(name):
     extra = 'plan-tpu' if name in TPU else 'plan-gpu'
-    wanted = f'a compiler for {name}: {lacking}'
+    wanted = f'a compiler for {name}: {missing}'
     fix = f"pip install -e '.[{extra}]' -c constraints.txt"
     raise mistake('--topology', f'{topology}, and no compiler for it', wanted, fix)
 
 
-def devices(topology: str) -> list[jax.Device]:
-  """The devices of a machine: 'v5p:4x4x8', 'v5p:4x4x8*2' (two slices) or 'h100:16x8' (16 nodes).
+def find(topology: str) -> Machine:
+  """A machine by name: 'v5p:4x4x8', 'v5p:4x4x8*2' (two slices) or 'h100:16x8' (16 nodes).
 
   Wants JAX on the CPU (`JAX_PLATFORMS=cpu`): a machine's own plugin here only compiles.
 
@@ -158,23 +175,23 @@ def devices(topology: str) -> list[jax.Device]:
       # It only compiles: it need not be the one process that has the TPU, nor look for one.
       os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
       os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+      # It warns if it does not know where it is. What is compiled for is told to it below.
+      os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
+      os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
       shape, _, slices = size.partition('*')
       # A v4 chip's two cores are one device only if asked to be.
       settings = {'chip_config_name': 'megacore'} if name == 'v4' else {}
       settings |= {'num_slices': int(slices)} if slices else {}
-      return topologies.get_topology_desc(f'{name}:{shape}', 'tpu', **settings).devices
-    nodes, each = size.split('x')
-    return topologies.get_topology_desc(
-      name, 'cuda', topology=f'{nodes}x1x{each}', target_config=_target(name)
-    ).devices
+      described = topologies.get_topology_desc(f'{name}:{shape}', 'tpu', **settings)
+    else:
+      nodes, each = size.split('x')
+      described = topologies.get_topology_desc(
+        name, 'cuda', topology=f'{nodes}x1x{each}', target_config=_target(name)
+      )
+    return Machine(topology, CHIPS[name], described.devices)
 
 
-def chip(topology: str) -> Chip:
-  """What its chips can do."""
-  return CHIPS[topology.partition(':')[0]]
-
-
-def _missing(name: str) -> str:
+def lacking(name: str) -> str:
   """What to install before a chip's machines can be compiled for."""
   if name in TPU:
     return '' if _installed('libtpu') else 'libtpu'

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptjax import checkpoint, files, flags, hosts, metrics, schedule, sharding, summary
+from gptjax import ahead, checkpoint, files, flags, hosts, metrics, schedule, sharding, summary
 from gptjax.config import Run, check_knobs, resolve
 from gptjax.data import dataset, loader, tokenizer
 from gptjax.data.corpora import Corpora, open_all
@@ -79,6 +79,7 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
       stages.append(Stage(start, corpora.stage))
     mixed = Mixture(stages)
     mesh = sharding.make_mesh(**run.mesh, across=run.across)
+    train_step = ahead.step(run, mesh)
     hosts.say(summary.describe(run, mesh, corpora, mixed, start, taken))
     for change in changed:
       told = '{setting} was {before}, is {after} from here on'.format_map(change)
@@ -124,7 +125,7 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
           at = {'step': taken, 'sequences': start, 'tokens': start * run.program.shape.context}
           baseline = {'kind': 'baseline', 'loss': corpora.mean(corpora.unigram_nats)} | at
           writer.write(baseline)
-        trainer = Trainer(run, corpora, mixed, mesh, writer, bar, workdir)
+        trainer = Trainer(run, train_step, corpora, mixed, mesh, writer, bar, workdir)
         clock = lambda step: {'sequences': step.end, 'step': step.number}
         save = lambda step, state: checkpoints.save(step.end, state, record | clock(step))
         trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
@@ -171,6 +172,7 @@ class Trainer:
   def __init__(
     self,
     run: Run,
+    train_step: Callable,
     corpora: Corpora,
     mixed: Mixture,
     mesh: jax.sharding.Mesh,
@@ -181,7 +183,7 @@ class Trainer:
     self.run, self.corpora, self.mesh = run, corpora, mesh
     self.writer, self.bar, self.workdir = writer, bar, workdir
     self.shape = run.program.shape
-    self.train_step = jax.jit(run.program.train_step, donate_argnums=0)
+    self.train_step = train_step
     self.eval_step = jax.jit(run.program.eval_step)
     self.windows = corpora.stream(mixed, run.program.seed)
     self.unread = None  # a step, its rate, and its metrics, which may still be being computed

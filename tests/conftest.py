@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import hypothesis
+import psutil
 import pytest
 from absl import logging
 
@@ -25,6 +26,10 @@ logging.set_verbosity(logging.ERROR)
 def pytest_configure(config: pytest.Config) -> None:
   """Chooses JAX's platform, before any test module imports jax."""
   assert 'jax' not in sys.modules, 'JAX reads the environment once, when it is imported'
+  # A shell that runs the tests in the background has children ignore what stops a program, and
+  # these would pass that on to the programs that the tests stop.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
   if not _wants_gpu(config):
     os.environ.update(_cpu(8))
 
@@ -131,6 +136,35 @@ def free_port() -> Callable[[], int]:
       return s.getsockname()[1]
 
   return find
+
+
+@pytest.fixture
+def together():
+  """`together(processes, devices, args)` starts the launch script on a free port."""
+  started = []
+
+  def start(processes, devices, program):
+    flags = program[2:]  # without -m gptjax.train, which the script says itself
+    environment = os.environ | {'PYTHON': sys.executable, 'PYTHONPATH': str(ROOT)}
+    environment.pop('XLA_FLAGS')
+    process = subprocess.Popen(
+      [ROOT / 'launch' / 'local_processes.sh', str(processes), str(devices), *map(str, flags)],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    )
+    started.append(process)
+    return process
+
+  yield start
+  for process in started:
+    if process.poll() is None:
+      for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
+      process.communicate()
 
 
 @pytest.fixture(scope='session')

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from gptjax import attention, machines, sharding
-from gptjax.errors import Mistake
 from gptjax.model import Numerics
 from gptjax.optimizer import AdamW
 from gptjax.sizes import Shape
@@ -36,13 +35,11 @@ class Device:
   process_index: int = 0
 
 
-def devices_or_skip(topology: str) -> list[jax.Device]:
-  """Those of a machine that is not there; skips the test where its compiler is not installed."""
-  try:
-    machines.check(topology)
-  except Mistake as e:
-    pytest.skip(str(e))
-  return machines.devices(topology)
+def machine_or_skip(topology: str) -> machines.Machine:
+  """A machine that is not there; skips the test where its compiler is not installed."""
+  if missing := machines.lacking(topology.partition(':')[0]):
+    pytest.skip(f'not installed: {missing}')
+  return machines.find(topology)
 
 
 def program(shape: Shape = SHAPE, loss_chunk: int = 6, seed: int = 0, **numerics) -> Program:

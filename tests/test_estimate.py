@@ -87,11 +87,3 @@ def test_a_run_is_its_steps():
   got = estimate.run_seconds(ramp, microbatch=4, extra=2, besides=besides, each=each)
   turns = [3, 3, 4, 4, 4]
   assert got == (sum(2.0 * n for n in turns), sum(1 + 2.5 * n for n in turns))
-
-
-def test_a_refusal_for_memory_is_told_from_others():
-  used = 'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.25G of 31.25G hbm.'
-  assert estimate.out_of_memory(used) == (33.25 * 2**30, 31.25 * 2**30)
-  total = 'the total memory required for HLO temporaries (204.5G) exceeds available HBM (15.75G).'
-  assert estimate.out_of_memory(total) == (204.5 * 2**30, 15.75 * 2**30)
-  assert estimate.out_of_memory('INTERNAL: Mosaic failed') is None

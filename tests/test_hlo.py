@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from gptjax import hlo, sharding
+from configs import gpt3
+from gptjax import ahead, hlo, sharding
+from gptjax.config import resolve
 from tests import small
 
 SHAPE = dataclasses.replace(
@@ -96,41 +99,105 @@ def test_rematerialisation_is_seen():
 
 def sent(costs, kinds, axes):
   return sum(
-    c.bytes * n for c, n in costs.collectives.items() if (c.kind in kinds, c.axes) == (True, axes)
+    c.bytes * n for c, n in costs.collectives.items() if c.kind in kinds and c.axes == axes
   )
 
 
+GATHERS, SUMS = ('all-gather',), ('all-reduce', 'reduce-scatter')
+
+
+def assert_are_those_of_theory(each, besides, shape, rows, itemsize):
+  """On two devices along each of data, fsdp and tensor, with so many rows on each device.
+
+  FSDP gathers each weight and scatters its gradient once a slice, and data sums all once a step;
+  tensor exchanges the residual four times forward and four times backward in each layer.
+  """
+  D, F, L, N = shape.d_model, shape.d_ff, shape.context, shape.n_layers
+  A, V = shape.n_heads * shape.d_head, shape.padded_vocab
+  matrices, outside = N * (4 * D * A + 2 * D * F) // 2, (V // 2 + L) * D
+  of_d = (N * 6 + 2) * D  # norms and biases on the residual
+  biases = N * (3 * A + F) // 2
+  residual = rows * L * D * itemsize
+  assert sent(each, GATHERS, ('fsdp',)) == (matrices + outside + of_d) * itemsize
+  # Besides, some sums for norms, of a few numbers each. Gradients are summed in f32.
+  assert sent(each, SUMS, ('fsdp',)) == pytest.approx((matrices + outside + biases) * 4, abs=500)
+  # A TPU may send bf16 into a sum in f32.
+  both = sent(each, SUMS, ('fsdp', 'tensor'))
+  assert min(abs(both - of_d * 4), abs(both - of_d * itemsize)) < 500
+  whole = ((matrices + outside + of_d) // 2 + biases) * 4
+  assert sent(besides, SUMS, ('data',)) == sent(each, SUMS, ('data',)) == whole
+  assert sent(each, GATHERS, ('tensor',)) == (4 * N + 2) * residual
+  assert sent(each, SUMS, ('tensor',)) == pytest.approx((4 * N + 2) * residual, rel=0.02)
+  sums = {('data',), ('fsdp',), ('tensor',), ('data', 'fsdp'), ('fsdp', 'tensor')}
+  moved = {(c.kind in SUMS, c.axes) for c in each.collectives}
+  assert moved <= {(True, axes) for axes in sums} | {(False, ('fsdp',)), (False, ('tensor',))}
+  return {'weights': (matrices + outside) * 4, 'residual': 4 * N * residual}
+
+
 def test_collectives_are_those_of_theory():
-  """FSDP gathers each weight and scatters its gradient once a slice, and data sums all once a step;
-  tensor exchanges the residual four times forward and four times backward in each layer."""
   each, besides = step((2, 2, 2), (None,))
-  # XLA may gather what is in no layer before the loop, or in it.
-  D, F, L, N = SHAPE.d_model, SHAPE.d_ff, SHAPE.context, SHAPE.n_layers
-  A, V = SHAPE.n_heads * SHAPE.d_head, SHAPE.padded_vocab
-  f32, tensor, residual = 4, 2, 4 * L * D  # one row on each device
-  matrices = N * (4 * D * A + 2 * D * F) // tensor * f32
-  of_d = (N * 6 + 2) * D * f32  # norms and biases on the residual
-  outside = (V // tensor + L) * D * f32
-  sums = ('all-reduce', 'reduce-scatter')  # a CPU scatters a sum by cutting it
-  assert sent(each, ('all-gather',), ('fsdp',)) == matrices + outside + of_d
-  biases = N * (3 * A + F) // tensor * f32
-  # Besides, some sums for norms, of a few numbers each.
-  assert sent(each, sums, ('fsdp',)) == pytest.approx(matrices + outside + biases, abs=500)
-  assert sent(each, sums, ('fsdp', 'tensor')) == of_d
-  whole = (matrices + outside + of_d) // 2 + biases
-  assert sent(besides, sums, ('data',)) == sent(each, sums, ('data',)) == whole
-  assert sent(each, ('all-gather',), ('tensor',)) == (4 * N + 2) * residual
-  assert sent(each, sums, ('tensor',)) == pytest.approx((4 * N + 2) * residual, rel=0.02)
-  moved = {(c.kind in sums, c.axes) for c in each.collectives}
-  assert moved <= {
-    (False, ('fsdp',)),
-    (False, ('tensor',)),
-    (True, ('fsdp',)),
-    (True, ('tensor',)),
-    (True, ('data',)),
-    (True, ('data', 'fsdp')),
-    (True, ('fsdp', 'tensor')),
-  }
+  assert_are_those_of_theory(each, besides, SHAPE, rows=1, itemsize=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v5e:2x4', 'h100:1x8'])
+def test_collectives_of_a_real_machine_are_those_of_theory(topology):
+  """And it scatters sums, where a CPU cuts its part out of the whole."""
+  machine = small.machine_or_skip(topology)
+  c = gpt3.get_config('125m')
+  c.model.n_layers = 4
+  c.mesh.fsdp = c.mesh.tensor = 2
+  c.compute.remat, c.compute.loss_chunk = 'none', c.model.context
+  run = resolve(c, machine.devices)
+  mesh = sharding.make_mesh(**run.mesh, devices=machine.devices)
+  text = ahead.compile_step(run, mesh).as_text()
+  each, besides = (hlo.read(text, run.mesh, trips) for trips in (1, 0))
+  least = assert_are_those_of_theory(each, besides, run.program.shape, rows=4, itemsize=2)
+  assert sent(each, ('reduce-scatter',), ('fsdp',)) == least['weights']
+  assert sent(each, ('reduce-scatter',), ('tensor',)) >= least['residual']
+
+
+# As a TPU writes a gather beside which it computes: three fusions that pass it on.
+CHAIN = """
+HloModule chained
+
+%start (p: bf16[4,8]) -> (bf16[4,8], bf16[4,16], u32[]) {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %g.1 = bf16[4,16]{1,0} GATHER
+  ROOT %c.1 = (bf16[4,8]{1,0}, bf16[4,16]{1,0}, u32[]) CALL(%g.1)="AsyncCollectiveStart"
+}
+
+%step (p: bf16[4,8], a: f32[8,8], b: f32[8,8]) -> f32[8,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %a = f32[8,8]{1,0} parameter(1)
+  %b = f32[8,8]{1,0} parameter(2)
+  %g.2 = bf16[4,16]{1,0} GATHER
+  ROOT %dot = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%done (p: bf16[4,8]) -> bf16[4,16] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %g.3 = bf16[4,16]{1,0} GATHER
+  ROOT %c.3 = bf16[4,16]{1,0} CALL(%p, %g.3)="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: bf16[4,8], a: f32[8,8]) -> bf16[4,16] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %a = f32[8,8]{1,0} parameter(1)
+  %begun = (bf16[4,8]{1,0}, bf16[4,16]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%start
+  %product = f32[8,8]{1,0} fusion(%x, %a, %a), kind=kOutput, calls=%step
+  ROOT %gathered = bf16[4,16]{1,0} fusion(%x), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_collective_that_goes_on_beside_work_counts_once():
+  gather = 'all-gather(%p), channel_id=1, replica_groups=[4,2]<=[8], dimensions={1}, '
+  text = CHAIN.replace('GATHER', gather + 'frontend_attributes={chain_id="0"}')
+  text = re.sub(r'CALL(.*)=', r'custom-call\1, custom_call_target=', text)
+  found = hlo.read(text, {'data': 4, 'tensor': 2})
+  assert found.collectives == {hlo.Collective('all-gather', ('tensor',), 2, 2 * 4 * 8 * 2): 1}
+  assert found.flops == 2 * 8 * 8 * 8
 
 
 @pytest.mark.parametrize(

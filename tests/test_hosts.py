@@ -1,9 +1,7 @@
 """Processes that train together are one run, and when one ends the others do."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
@@ -13,37 +11,6 @@ from gptjax import hosts, train
 from gptjax.errors import Mistake
 from tests.conftest import ROOT
 from tests.runs import args, config, records
-
-LAUNCH = str(ROOT / 'launch' / 'local_processes.sh')
-
-
-@pytest.fixture
-def together():
-  """`together(processes, devices, args)` starts the launch script on a free port."""
-  started = []
-
-  def start(processes, devices, program):
-    flags = program[2:]  # without -m gptjax.train, which the script says itself
-    environment = os.environ | {'PYTHON': sys.executable, 'PYTHONPATH': str(ROOT)}
-    environment.pop('XLA_FLAGS')
-    process = subprocess.Popen(
-      [LAUNCH, str(processes), str(devices), *map(str, flags)],
-      cwd=ROOT,
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      start_new_session=True,
-    )
-    started.append(process)
-    return process
-
-  yield start
-  for process in started:
-    if process.poll() is None:
-      for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.kill()
-      process.communicate()
 
 
 def finished(process, code=0, timeout=300):

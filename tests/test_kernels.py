@@ -304,7 +304,7 @@ def assert_is_kernel_alone(program, machine, layers, B, L, H):
 @pytest.mark.parametrize('machine', MACHINES)
 @pytest.mark.parametrize('H, K', SIZES)
 def test_every_size_compiles_to_the_kernel(machine, H, K):
-  devices = small.devices_or_skip(MACHINES[machine])
+  devices = small.machine_or_skip(MACHINES[machine]).devices
   mesh = jax.make_mesh((2, 2, 2), ('some', 'other', 'names'), devices=devices)
   B, L = 4, 2048
   kernel = kernels.choose('auto', devices, shape(K, L), jnp.bfloat16, 0.0)
@@ -316,7 +316,7 @@ def test_every_size_compiles_to_the_kernel(machine, H, K):
 @pytest.mark.parametrize('window, keys', [(1, 1), (256, 256), (511, 511), (512, 0), (None, 0)])
 def test_cudnn_is_asked_for_the_window(window, keys):
   """What runs on no GPU here can still be read: cuDNN counts a query's own key; 0 is dense."""
-  devices = small.devices_or_skip('h100')
+  devices = small.machine_or_skip(MACHINES['h100']).devices
   mesh = jax.make_mesh((2, 2, 2), ('some', 'other', 'names'), devices=devices)
   text = attend_on(mesh, kernels.cudnn, (window,), 4, 512, 2, 96).as_text()
   asked = lambda name: re.findall(rf'"{name}": ?"?([\w.]+)', text)
@@ -329,7 +329,7 @@ def test_cudnn_is_asked_for_the_window(window, keys):
 @pytest.mark.parametrize('machine', MACHINES)
 def test_a_program_without_the_kernel_would_be_seen(machine):
   mesh = jax.make_mesh(
-    (2, 2, 2), ('some', 'other', 'names'), devices=small.devices_or_skip(MACHINES[machine])
+    (2, 2, 2), ('some', 'other', 'names'), devices=small.machine_or_skip(MACHINES[machine]).devices
   )
   program = attend_on(mesh, attention.reference, (256,), 4, 2048, 4, 64)
   assert arrays_of_scores(program.as_text(), 2048)
@@ -342,7 +342,7 @@ def test_a_program_without_the_kernel_would_be_seen(machine):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_largest_blocks_fit_every_kind_of_tpu(topology, dtype):
   """At the widest head, and a length that is padded."""
-  devices = small.devices_or_skip(topology)
+  devices = small.machine_or_skip(topology).devices
   mesh = jax.make_mesh((2, 2, 2), ('some', 'other', 'names'), devices=devices)
   L, K = 2047, 256
   kernel = kernels.choose('auto', devices, shape(K, L), jnp.dtype(dtype), 0.0)
@@ -355,7 +355,7 @@ def test_largest_blocks_fit_every_kind_of_tpu(topology, dtype):
 @pytest.mark.parametrize('stages', [1, 2])
 def test_a_training_step_compiles_to_the_kernel(machine, stages):
   """125m with one period of its layers a stage, over data, fsdp and tensor, or stages of those."""
-  devices = small.devices_or_skip(MACHINES[machine])
+  devices = small.machine_or_skip(MACHINES[machine]).devices
   row, L = sizes.GPT3['125m'], 2048
   D, H, K = row.d_model, row.n_heads, row.d_head
   few = Shape(2 * stages, D, H, K, 4 * D, L, 50257, (None, 256))

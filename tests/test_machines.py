@@ -70,8 +70,9 @@ def test_a_compiler_that_is_not_installed_is_told(monkeypatch, topology, told):
   ],
 )
 def test_devices_are_what_the_table_says_and_lie_on_nodes(topology, nodes):
-  devices = small.devices_or_skip(topology)
-  assert {d.device_kind for d in devices} == {machines.chip(topology).kind}
+  machine = small.machine_or_skip(topology)
+  devices = machine.devices
+  assert {d.device_kind for d in devices} == {machine.chip.kind}
   assert [len(ids) for ids in sharding.nodes(devices)] == nodes
   mesh = {'stage': 1, 'data': len(nodes), 'fsdp': nodes[0], 'tensor': 1}
   across = sharding.cross(mesh, devices, 'auto')
@@ -84,6 +85,6 @@ def test_devices_are_what_the_table_says_and_lie_on_nodes(topology, nodes):
 
 @pytest.mark.slow
 def test_a_size_that_its_compiler_does_not_know_is_told():
-  small.devices_or_skip('v5e:2x4')
+  small.machine_or_skip('v5e:2x4')
   with pytest.raises(Mistake, match='--topology=v5e:3x5: got '):
-    machines.devices('v5e:3x5')
+    machines.find('v5e:3x5')

@@ -1,94 +1,109 @@
-"""What a plan says is what the run would hold, compute and take."""
+"""A plan is made, searched for and mended for machines that are not there, and told plainly."""
 
 import dataclasses
 import json
+import re
 
-import jax
 import pytest
 
-from gptjax import machines, plan, sharding
-from gptjax.config import resolve
-from gptjax.machines import Chip
-from tests import runs, small
+from gptjax import ahead, cost, machines, plan, train
+from gptjax.errors import Mistake
+from tests import plans, runs, small
 
-CHIP = Chip('TPU v4', memory=10**9, bandwidth=1e12, fast=1e11, slow=1e9, source='none')
-
-
-def config(**settings):
-  return runs.config('runs/x', 'data/x', **{'batch__ramp_tokens': 0.0} | settings)
+MESH = {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2}
+LARGE = {'model__n_layers': 8, 'model__context': 128, 'model__d_ff': 512, 'train_tokens': 49152.0}
 
 
-def planned(**settings):
-  run = resolve(config(**settings), jax.devices())
-  return plan.plan_for(run, jax.devices(), CHIP, 'here')
+@pytest.fixture
+def here(monkeypatch):
+  """The CPU devices of the tests stand for every machine; `here(bytes)` says how much they hold."""
+  held = {'memory': plans.CHIP.memory}
+  chip = lambda: dataclasses.replace(plans.CHIP, memory=held['memory'])
+  monkeypatch.setattr(machines, 'find', lambda topology: plans.machine(chip()))
+
+  def machine(memory):
+    held['memory'] = memory
+    return plans.machine(chip())
+
+  return machine
 
 
-@pytest.fixture(scope='module')
-def made():
-  return planned(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+def options(**given):
+  return plan.OPTIONS.parse_args([f'--{name}={value}' for name, value in given.items()])
 
 
-def test_state_is_as_large_as_the_real_one(made):
-  with jax.set_mesh(sharding.make_mesh(**made.run.mesh)):
-    state = small.init(made.run.program)
-  here = lambda tree: sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(tree))
-  assert made.memory.parameters == here(state['params'])
-  assert made.memory.optimizer == here(state['moments'])
+def test_a_plan_is_printed_written_and_its_step_trained_with(here, corpus, tmp_path, capsys):
+  c = runs.config(tmp_path / 'run', corpus, **MESH, train_tokens=1024.0)
+  plan.main(c, options(json=tmp_path / 'plan.json', save=tmp_path / 'step'))
+  told = capsys.readouterr()
+  assert 'compiling the step for 8 × TPU v4 …' in told.err
+  found = json.loads((tmp_path / 'plan.json').read_text())
+  assert found['fits'] and 'here: 8 × TPU v4; stage 1 · data 2 · fsdp 2 · tensor 2' in told.out
+  assert re.search(r'/step holds the step, \d+\.\d MB', told.out)
+  c.compute.compiled = str(tmp_path / 'step')
+  train.main(c)
+  assert 'compiled ahead' in capsys.readouterr().out
+  assert runs.records(tmp_path / 'run')[-1]['sequences'] == 32
 
 
-def test_all_that_the_compiler_says_is_held_is_accounted_for(made):
-  mesh = sharding.make_mesh(**made.run.mesh)
-  stats = plan.compile_step(made.run, mesh).memory_analysis()
-  held = stats.argument_size_in_bytes + stats.temp_size_in_bytes
-  # Outputs take the place of inputs, but for the metrics.
-  assert made.memory.held - stats.generated_code_size_in_bytes == pytest.approx(held, abs=1000)
-  assert min(dataclasses.astuple(made.memory)) >= 0
+def test_a_search_ranks_what_it_compiled(here, capsys):
+  machine = here(plans.CHIP.memory)
+  made = plan.best(plans.config(batch__sequences=32), machine, 3)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith('stage·data·fsdp·tensor') and len(lines) == 1 + 3 + 1
+  days = [[float(n) for n in re.findall(r'[\d.]+', line)[-2:]] for line in lines[1:4]]
+  rows = [line.split()[0] for line in lines[1:4]]
+  assert len(set(rows)) == 3 and rows[0] == '1·8·1·1'
+  mine = days[rows.index(made.settings.shape)]
+  assert sum(mine) == min(map(sum, days)) and made.fits
 
 
-def test_a_step_is_its_slices_and_the_model_is_in_it(made):
-  slices = made.run.slices
-  assert made.step.flops == made.besides.flops + slices * made.each.flops
-  # Attention in chunks computes scores of keys that are not seen, and remat some things twice.
-  assert 1.0 < made.step.flops / made.model_flops < 1.6
-  assert ('all-reduce', ('data',)) in made.besides.sent
-  assert not [axes for _, axes in made.each.sent if axes == ('data',)]
+def test_a_search_that_finds_nothing_is_told(here):
+  with pytest.raises(Mistake, match='--search: got no mesh that fits'):
+    plan.best(plans.config(), here(10**5), 2)
 
 
-def test_remat_keeps_less_and_computes_more():
-  run = resolve(config(mesh__fsdp=2, mesh__data=4), jax.devices())
-  kept = []
-  for remat in ('none', 'weights', 'dots', 'full'):
-    numerics = dataclasses.replace(run.program.numerics, remat=remat)
-    with jax.set_mesh(sharding.make_mesh(**run.mesh)):
-      program = dataclasses.replace(run.program, numerics=numerics)
-      kept.append(plan.kept_activations(dataclasses.replace(run, program=program)))
-  assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+def test_what_does_not_fit_is_told_with_settings_that_do(here, tmp_path, capsys):
+  """And with them it does."""
+  c = plans.config(**MESH, **LARGE, compute__microbatch=3)
+  whole = cost.plan_for(plans.run_of(**MESH, **LARGE, compute__microbatch=3), here(10**9))
+  memory = int(0.7 * whole.memory.held)
+  here(memory)
+  with pytest.raises(SystemExit) as e:
+    plan.main(c, options(json=tmp_path / 'plan.json', save=tmp_path / 'step'))
+  assert e.value.code == 1 and not (tmp_path / 'step').exists()
+  told = capsys.readouterr().out
+  assert 'GB too much' in told and '/step was not written' in told
+  assert not json.loads((tmp_path / 'plan.json').read_text())['fits']
+  (words,) = re.findall(r'it would fit, with [\d.]+ GB held: (.*)', told)
+  knobs = dict(word.removeprefix('--config.').split('=') for word in words.split())
+  typed = {name: value if name == 'compute.remat' else int(value) for name, value in knobs.items()}
+  mended = {name.replace('.', '__'): value for name, value in typed.items()}
+  assert cost.plan_for(plans.run_of(**LARGE | mended), here(memory)).fits
 
 
-def test_a_pipeline_idles_and_keeps_its_inputs():
-  made = planned(mesh__stage=2, mesh__data=4, model__n_layers=4, compute__microbatch=2)
-  assert made.turns == 2
-  inputs = 3 * 2 * 32 * 32 * 4  # of two stages, two rows of 32 tokens of width 32 in f32
-  assert made.memory.activations == inputs
-  told = plan.table(made)
-  assert f'pipeline       {2 / (made.run.slices + 2):12.1%}' in told
-  assert made.step.flops == pytest.approx(
-    made.besides.flops + (made.run.slices + 2) * made.each.flops
-  )
+def test_what_never_fits_is_told(here, capsys):
+  c = plans.config(**MESH)
+  assert plan.cure(c, here(10**4)).startswith('no mesh, microbatch or remat policy was found')
+  assert 'up to 3 to compile' in capsys.readouterr().err
 
 
-def test_the_table_and_the_json_say_the_same(made):
-  told, found = plan.table(made), plan.as_json(made)
-  assert json.loads(json.dumps(found)) == found
-  assert found['fits'] and 'fits, with ' in told
-  assert f'{found["estimate"]["step"][0]:12.3f} s at best' in told
-  assert f'{found["step"]["flops"] / 1e12:12,.1f} TFLOP' in told
-  assert found['memory']['held'] == sum(
-    size for name, size in found['memory'].items() if name not in ('held', 'there')
-  )
-  too_small = dataclasses.replace(made.memory, there=made.memory.held - 10**7)
-  less = dataclasses.replace(made, memory=too_small)
-  assert '0.01 GB too much' in plan.table(less) and not plan.as_json(less)['fits']
+def test_what_the_compiler_refuses_is_a_plan_that_does_not_fit(here, tmp_path, capsys, monkeypatch):
+  def refuse(run, mesh):
+    raise ahead.DoesNotFit('memory of a device: 2 GB wanted, 1 GB there: 1 GB too much')
+
+  monkeypatch.setattr(ahead, 'compile_step', refuse)
+  with pytest.raises(SystemExit):
+    plan.main(plans.config(**MESH), options(json=tmp_path / 'plan.json'))
+  found = json.loads((tmp_path / 'plan.json').read_text())
+  assert found == {'topology': '', 'fits': False, 'why': found['why']}
+  assert found['why'] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['json', 'save'])
+def test_a_file_that_cannot_be_is_told_before_anything_is_compiled(name, tmp_path):
+  with pytest.raises(Mistake, match=f'--{name}: got .*a folder that is there'):
+    plan.main(plans.config(), options(**{name: tmp_path / 'none' / 'file'}))
 
 
 def test_a_topology_comes_before_all_else(run_python):
@@ -96,30 +111,36 @@ def test_a_topology_comes_before_all_else(run_python):
   assert 'error: --topology: got' in run_python(command, timeout=60, code=2).stderr
   told = run_python([*command, '--topology=v5x:2x2'], timeout=60, code=2).stderr
   assert 'v5p' in told and 'h100' in told
-  assert '--topologie' in run_python([*command, '--topologie=a'], timeout=60, code=2).stderr
+  for word in ('--topologie=a', '--config.topology=a'):
+    assert 'try --topology' in run_python([*command, word], timeout=60, code=2).stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('topology', ['v5e:2x4', 'h100:1x8'])
-def test_a_plan_is_made_for_a_machine_that_is_not_there(tmp_path, run_python, topology):
-  small.devices_or_skip(topology)
-  path = tmp_path / 'plan.json'
+def test_a_plan_is_made_for_a_machine_that_is_not_there(corpus, tmp_path, run_python, topology):
+  chip = small.machine_or_skip(topology).chip
+  path, step = tmp_path / 'plan.json', tmp_path / 'step'
   few = ['--config.model.n_layers=4', '--config.mesh.fsdp=4', '--config.mesh.tensor=2']
   command = ['-m', 'gptjax.plan', '--config=configs/gpt3.py:125m', f'--topology={topology}', *few]
-  done = run_python([*command, f'--json={path}'], timeout=300, env={'JAX_PLATFORMS': 'cpu'})
+  done = run_python([*command, f'--json={path}', f'--save={step}'], timeout=300)
   found = json.loads(path.read_text())
-  assert found['fits'] and machines.chip(topology).kind in done.stdout
+  assert found['fits'] and chip.kind in done.stdout
+  assert done.stderr == f'compiling the step for 8 × {chip.kind} …\n'
   # dots computes no product of a layer again but attention's.
   assert 1.0 < found['step']['flops'] / found['step']['model_flops'] < 1.2
   run_python([*command, '--config.mesh.fsdp=3'], timeout=60, code=2)
+  # It is for that machine alone.
+  refused = runs.args(tmp_path / 'run', corpus, compute__compiled=step)
+  told = run_python(refused, timeout=60, code=2).stderr
+  assert f'device {chip.kind}' in told and 'device cpu' in told
 
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_what_the_compiler_refuses(run_python):
-  small.devices_or_skip('v5e:2x4')
+  small.machine_or_skip('v5e:2x4')
   large = ['--config=configs/gpt3.py:6.7b', '--config.mesh.fsdp=8', '--config.model.n_layers=32']
   command = ['-m', 'gptjax.plan', *large, '--topology=v5e:2x4', '--config.compute.remat=none']
-  done = run_python(command, timeout=500, code=1, env={'JAX_PLATFORMS': 'cpu'})
+  done = run_python(command, timeout=500, code=1)
   assert 'memory of a device: ' in done.stdout and 'GB too much' in done.stdout
   assert 'it would fit' in done.stdout or 'no mesh, microbatch or remat' in done.stdout
   assert 'Traceback' not in done.stderr

@@ -1,0 +1,196 @@
+"""The training step compiled before the run, for devices that may not be there, and kept in a file.
+
+A file is a line of JSON, what the step was compiled from, and then the executable as JAX writes it.
+An executable is a program: load only what you have compiled.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import serialize_executable
+
+from gptjax import checkpoint, files, sharding
+from gptjax.config import Run
+from gptjax.data import dataset
+from gptjax.errors import Mistake, mistake, told_as
+
+KIND = 'a training step of gptjax, 1'
+# What compiles, or runs what was compiled: for all platforms, and for each.
+PACKAGES = {
+  '': ('jax', 'jaxlib', 'flax', 'optax'),
+  'cpu': (),
+  'tpu': ('libtpu',),
+  'gpu': (
+    'jax-cuda12-pjrt',
+    'jax-cuda12-plugin',
+    'jax-cuda13-pjrt',
+    'jax-cuda13-plugin',
+    'nvidia-cudnn-cu12',
+    'nvidia-cudnn-cu13',
+  ),
+}
+
+
+class DoesNotFit(Mistake):
+  """The compiler refuses a program that wants more memory than there is."""
+
+
+def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
+  """What to call as `Program.train_step`: from the run's file, or compiled by its first call."""
+  return load(run.compiled, run, mesh) if run.compiled else _jitted(run)
+
+
+def _jitted(run):
+  return jax.jit(run.program.train_step, donate_argnums=0)
+
+
+def compile_step(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+  """The step that `train` runs, for the devices of a mesh.
+
+  Raises:
+    DoesNotFit: where the compiler finds too little memory.
+    Mistake: with the compiler's own words, where it refuses for another reason.
+  """
+  with jax.set_mesh(mesh), _refusals_told():
+    return _jitted(run).lower(*abstract_arguments(run)).compile()
+
+
+def abstract_arguments(run: Run) -> tuple:
+  """What the step takes on the mesh that is set, as shapes, dtypes and shardings."""
+  shape = run.program.shape
+  tokens = dataset.features(shape.context, shape.vocab_size)['tokens']
+  size = run.slices, run.microbatch, *tokens.shape
+  layout = jax.NamedSharding(jax.sharding.get_mesh(), sharding.computed('gbl'))
+  token_gbl = jax.ShapeDtypeStruct(size, tokens.np_dtype, sharding=layout)
+  scalars = [jax.ShapeDtypeStruct((), kind) for kind in (np.int32, np.int32, np.float32)]
+  return run.program.abstract_state(), token_gbl, *scalars
+
+
+@contextlib.contextmanager
+def _refusals_told() -> Iterator[None]:
+  """Turns what a compiler refuses into a Mistake: too little memory, or its own words."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if sizes := out_of_memory(str(e)):
+      used, there = (f'{size / 1e9:,.2f} GB' for size in sizes)
+      over = f'{(sizes[0] - sizes[1]) / 1e9:,.2f} GB too much'
+      raise DoesNotFit(f'memory of a device: {used} wanted, {there} there: {over}') from e
+    words = '\n'.join(line[:200] for line in str(e).splitlines()[:8])
+    fix = 'another topology or mesh, or compute.attention=chunked'
+    raise mistake('the compiler', f'its refusal: {words}', 'a program', fix) from e
+
+
+def out_of_memory(message: str) -> tuple[float, float] | None:
+  """Bytes wanted and there, of a TPU compiler's refusal; None if it is for another reason."""
+  size = r'([\d.]+)([KMGT]?)'
+  found = re.search(rf'Used {size} of {size} hbm', message) or re.search(
+    rf'required for HLO temporaries \({size}\) exceeds available HBM \({size}\)', message
+  )
+  if not found:
+    return None
+  unit = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+  wanted, u, there, v = found.groups()
+  return float(wanted) * unit[u], float(there) * unit[v]
+
+
+def save(
+  path: str | os.PathLike, compiled: jax.stages.Compiled, run: Run, mesh: jax.sharding.Mesh
+) -> int:
+  """Writes a compiled step, with all that it was made from, and returns how many bytes."""
+  payload, _, out_tree = serialize_executable.serialize(compiled)
+  _, metrics = out_tree.unflatten(range(out_tree.num_leaves))
+  head = {
+    'kind': KIND,
+    'metrics': sorted(metrics),
+    'sha256': hashlib.sha256(payload).hexdigest(),
+    'made from': made_from(run, mesh),
+  }
+  data = json.dumps(head).encode() + b'\n' + payload
+  files.write_whole(path, data)
+  return len(data)
+
+
+def load(path: str, run: Run, mesh: jax.sharding.Mesh) -> Callable:
+  """The step from a file, to call as `Program.train_step` on the devices of a mesh.
+
+  Raises:
+    Mistake: for a file that is none, is damaged, or was made from anything else than this run.
+  """
+  what = f'compute.compiled={path}'
+  wanted = 'a step that gptjax.plan --save wrote'
+  fix = "compiling it again, or --config.compute.compiled=''"
+  with told_as(what, wanted, fix, OSError, ValueError, KeyError, TypeError):
+    line, payload = epath.Path(path).read_bytes().split(b'\n', 1)
+    head = json.loads(line)
+    if head['kind'] != KIND:
+      raise mistake(what, head['kind'], KIND, fix)
+    if hashlib.sha256(payload).hexdigest() != head['sha256']:
+      raise mistake(what, 'a file that was cut or changed', wanted, fix)
+    there, here = head['made from'], made_from(run, mesh)
+    other = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if other:
+      told = lambda found: ', '.join(f'{name} {found.get(name, "none")}' for name in other)
+      raise mistake(what, f'a step made from {told(there)}', f'{told(here)} as here', fix)
+  with jax.set_mesh(mesh):
+    arguments = abstract_arguments(run)
+  in_tree = jax.tree.structure((arguments, {}))
+  out_tree = jax.tree.structure((arguments[0], dict.fromkeys(head['metrics'], 0)))
+  devices = [*mesh.devices.flat]
+  with told_as(what, 'a step that this machine can load', fix, Exception):
+    return serialize_executable.deserialize_and_load(
+      payload, in_tree, out_tree, devices[0].client, devices
+    )
+
+
+def made_from(run: Run, mesh: jax.sharding.Mesh) -> dict[str, object]:
+  """All that the compiled step follows from, flat and as JSON gives it back."""
+  program, devices = run.program, mesh.devices.flat
+  platform = devices[0].platform
+  recipe = {
+    'model': dataclasses.asdict(program.shape),
+    'adamw': dataclasses.asdict(program.optimizer),
+    'numerics': dataclasses.asdict(program.numerics)
+    | {'dtype': program.numerics.dtype.name, 'attend': program.numerics.attend.__name__},
+    'loss_chunk': program.loss_chunk,
+    'seed': program.seed,
+    'mesh': run.mesh,
+    'microbatch': run.microbatch,
+    'slices': run.slices,
+    'device': devices[0].device_kind,
+    'devices in order': [device.id for device in devices],
+    'code': _code(),
+    'version': {name: _version(name) for name in (*PACKAGES[''], *PACKAGES[platform])},
+    'flags': {name: _flags(name) for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')},
+  }
+  return checkpoint.flatten(recipe)
+
+
+def _code() -> str:
+  """A hash of gptjax's own source."""
+  root = pathlib.Path(__file__).parent
+  text = [path.read_bytes() for path in sorted(root.rglob('*.py'))]
+  return hashlib.sha256(b'\0'.join(text)).hexdigest()[:16]
+
+
+def _version(package):
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return 'none'
+
+
+def _flags(name):
+  # How many devices a CPU shall be says nothing that the mesh does not.
+  words = os.environ.get(name, '').split()
+  return ' '.join(sorted(w for w in words if 'host_platform_device_count' not in w))
