@@ -69,13 +69,16 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else devices
   sizes = stage, data, fsdp, tensor
-  if not across:
-    return jax.make_mesh(sizes, AXES, devices=devices)
-  outer = tuple(across[axis] for axis in AXES)
-  inner = tuple(size // parts for size, parts in zip(sizes, outer, strict=True))
-  ordered = mesh_utils.create_hybrid_device_mesh(
-    inner, outer, devices, process_is_granule=_by_process(devices)
-  )
+  # As a torus of 4 × 8 has no 16 × 2 without: an axis of the mesh may end within one of the torus.
+  split = {'allow_split_physical_axes': True}
+  if across:
+    outer = tuple(across[axis] for axis in AXES)
+    inner = tuple(size // parts for size, parts in zip(sizes, outer, strict=True))
+    ordered = mesh_utils.create_hybrid_device_mesh(
+      inner, outer, devices, process_is_granule=_by_process(devices), **split
+    )
+  else:
+    ordered = mesh_utils.create_device_mesh(sizes, devices, **split)
   return jax.sharding.Mesh(ordered, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
 
 

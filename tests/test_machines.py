@@ -1,5 +1,7 @@
 """The table of chips, and devices of machines that are not there."""
 
+import itertools
+
 import pytest
 
 from gptjax import machines, metrics, sharding
@@ -88,3 +90,23 @@ def test_a_size_that_its_compiler_does_not_know_is_told():
   small.machine_or_skip('v5e:2x4')
   with pytest.raises(Mistake, match='--topology=v5e:3x5: got '):
     machines.find('v5e:3x5')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'topology', ['v4:2x2x2', 'v6e:4x8', 'v5p:2x2x2*2', 'v5p:4x4x8', 'h100:2x8']
+)
+def test_every_mesh_lies_on_a_machine(topology):
+  """Also one that no torus of its own has: 16 × 2 on 4 × 8."""
+  devices = small.machine_or_skip(topology).devices
+  n, ids = len(devices), sorted(d.id for d in devices)
+  parts = [d for d in range(1, n + 1) if n % d == 0]
+  found = 0
+  for tensor, stage, fsdp in itertools.product(parts, parts, parts):
+    if n % (tensor * stage * fsdp) == 0:
+      mesh = {'stage': stage, 'data': n // (tensor * stage * fsdp), 'fsdp': fsdp, 'tensor': tensor}
+      across = sharding.cross(mesh, devices, 'auto')
+      ordered = sharding.make_mesh(**mesh, devices=devices, across=across).devices
+      assert sorted(d.id for d in ordered.flat) == ids
+      found += 1
+  assert found >= 20
