@@ -199,7 +199,7 @@ class GPT(nnx.Module):
     if L > T:
       raise mistake('length of a row', f'{L} tokens', f'at most {T}, the positions', 'shorter rows')
     x_bld = look_up(e_vd, token_bl)
-    x_bld += use_rows(self.position, 'ld', numerics.dtype, 'b', B)[:, :L]
+    x_bld += use_rows(self.position, 'ld', numerics.dtype, 'bl', B, T)[:, :L]
     return drop(reshard(x_bld, computed('btd')), numerics.dropout, fold_rows(key_b, 0))
 
   def finish(self, x_btd, numerics) -> jax.Array:

@@ -252,11 +252,14 @@ def use(param: nnx.Param, dims: str, dtype: jnp.dtype, rows: str = 'b') -> jax.A
 def use_rows(param: nnx.Param, dims: str, dtype: jnp.dtype, rows: str, *shape: int) -> jax.Array:
   """A parameter for elementwise use on rows of a shape: [*rows, *dims]; XLA makes no array of it.
 
+  A dim that is among both is its own, so that row l meets w[l].
+
   Explicit sharding lets a `reduced` array into products only, since there it knows how to leave
   the gradient unreduced; so a bias is spread over the rows by an outer product with ones.
   """
   ones = jnp.ones(shape, dtype, out_sharding=computed(rows))
-  subscripts, out = f'{rows},{dims}->{rows}{dims}', computed(rows + dims)
+  every = rows + ''.join(dim for dim in dims if dim not in rows)
+  subscripts, out = f'{rows},{dims}->{every}', computed(every)
   spread = jnp.einsum(subscripts, ones, use(param, dims, dtype, rows), out_sharding=out)
   # For the gradient, which must lie like this before rows are summed: Shardy aborts if it finds it
   # gathered for another use.
@@ -362,7 +365,7 @@ def concrete(abstract: dict) -> dict:
 
 def _axes(dims: str) -> set[str]:
   """The axes that split dims in use."""
-  axes = (_splitting(COMPUTE[dim]) or () for dim in dims)
+  axes = (_splitting(COMPUTE.get(dim)) or () for dim in dims)
   return {name for a in axes for name in ((a,) if isinstance(a, str) else a)}
 
 

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from configs import gpt3
 from gptjax import ahead, sharding, train
+from gptjax.config import resolve
 from gptjax.errors import Mistake
 from tests import plans, runs, small
 from tests.conftest import DEVICES
@@ -182,6 +184,18 @@ def test_every_process_of_a_run_loads_it(corpus, tmp_path, start_python, free_po
     _, err = together(2, 2, flags).communicate(timeout=300)
     assert (tmp_path / name / 'metrics.jsonl').exists(), err[-3000:]
   assert runs.records(tmp_path / 'same') == runs.records(tmp_path / 'plain') != []
+
+
+@pytest.mark.slow
+def test_a_width_that_no_power_of_two_divides_compiles():
+  """XLA for GPUs has no tiles for a product as wide as the positions of 13B are long."""
+  machine = small.machine_or_skip('h100:1x8')
+  c = gpt3.get_config('13b')
+  c.model.n_layers, c.mesh.fsdp, c.mesh.tensor = 2, 4, 2
+  run = resolve(c, machine.devices)
+  assert run.program.shape.d_model == 5140
+  mesh = sharding.make_mesh(**run.mesh, devices=machine.devices)
+  assert ahead.compile_step(run, mesh).memory_analysis().temp_size_in_bytes > 0
 
 
 def test_a_refused_file_leaves_a_run_as_it_was(corpus, tmp_path):
