@@ -22,6 +22,7 @@ from gptjax import kernels, machines, sharding, sizes
 from gptjax.errors import told_plainly
 from gptjax.model import Numerics
 from gptjax.optimizer import AdamW
+from gptjax.stability import Guard
 from gptjax.step import Batch, Program
 
 SLICES = (2, 4, 8, 16, 32)
@@ -35,7 +36,7 @@ def program_of(a: argparse.Namespace, devices) -> Program:
   dtype = jnp.dtype('float32' if devices[0].platform == 'cpu' else 'bfloat16')
   attend = kernels.choose('auto', devices, shape, dtype, 0.0)
   numerics = Numerics(dtype, attend, a.remat, 0.0)
-  return Program(shape, numerics, AdamW(0.9, 0.95, 1e-8, 0.1, 1.0), a.context, 0)
+  return Program(shape, numerics, AdamW(0.9, 0.95, 1e-8, 0.1, 1.0), a.context, 0, Guard(10.0, 128))
 
 
 def lowered(program: Program, schedule: str, slices: int, rows: int):

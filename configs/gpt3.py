@@ -21,6 +21,7 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.hosts = 'auto'
   c.seed = 0  # of the weights, the order of the data and dropout
   c.train_tokens = 300e9  # the length of the run
+  c.skip_sequences = ''  # of the stream, to leave out: '1000-1999,5000-5009'; '': none
 
   c.model = ConfigDict()
   # Table 2.1; d_ff is 4 d_model for all of them.
@@ -70,6 +71,12 @@ def get_config(size: str = '125m') -> ConfigDict:
 
   c.resume = ConfigDict()
   c.resume.accept_changes = False  # of the recipe: rate, batch, data, length
+
+  c.stability = ConfigDict()
+  c.stability.spike = 10.0  # robust deviations above the median; 0: only NaN and infinity
+  c.stability.window = 128  # good steps that a spike is told by
+  c.stability.streak = 16  # bad steps in a row after which the run rolls back and skips them
+  c.stability.rollbacks = 3  # how often it may
 
   c.mesh = ConfigDict()
   c.mesh.data = -1  # -1: all devices that are left

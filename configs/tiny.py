@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
   c.hosts = 'auto'
   c.seed = 0
   c.train_tokens = 1.5e6
+  c.skip_sequences = ''
 
   c.model = ConfigDict()
   c.model.n_layers = 4
@@ -56,6 +57,12 @@ def get_config() -> ConfigDict:
 
   c.resume = ConfigDict()
   c.resume.accept_changes = False
+
+  c.stability = ConfigDict()
+  c.stability.spike = 10.0
+  c.stability.window = 128
+  c.stability.streak = 16
+  c.stability.rollbacks = 3
 
   c.mesh = ConfigDict()
   c.mesh.data = -1

@@ -30,6 +30,7 @@ POLICY = {
   'data.prefetch': FREE,
   'seed': NEVER,
   'model': NEVER,
+  'stability.window': NEVER,  # the shape of what the guard knows
   'model.dropout': RECIPE,
   'corpus.tokenizer': NEVER,
   'corpus.context': NEVER,
@@ -55,6 +56,12 @@ class Checkpoints:
   def latest(self) -> int | None:
     """Sequences consumed at the last complete checkpoint, None if there is none."""
     return self._manager.latest_step()
+
+  def drop_within(self, start: int, stop: int) -> None:
+    """Deletes those after `start`, up to `stop`."""
+    for sequences in self._manager.all_steps():
+      if start < sequences <= stop:
+        self._manager.delete(sequences)
 
   def record(self, sequences: int) -> dict:
     """What was saved beside the state."""

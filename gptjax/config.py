@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from gptjax import checkpoint, flags, kernels, schedule, sharding
+from gptjax import checkpoint, flags, kernels, schedule, sharding, skips
 from gptjax.data import mixture
 from gptjax.errors import Mistake, mistake, raise_all, told_as
 from gptjax.model import REMAT, Numerics
 from gptjax.optimizer import AdamW
 from gptjax.sizes import Shape
+from gptjax.stability import Guard
 from gptjax.step import Program
 
 DTYPES = ('auto', 'float32', 'bfloat16')
@@ -23,7 +24,7 @@ LAYERS = ('dense', 'banded')
 LARGEST = 2**20  # of a size: what is larger is a slip of the keyboard
 # Every knob of a training config, by group: no other is taken, and none may be left out.
 KNOBS = {
-  '': 'workdir hosts seed train_tokens profile',
+  '': 'workdir hosts seed train_tokens skip_sequences profile',
   'model': 'n_layers d_model n_heads d_head d_ff context vocab_size pattern window dropout',
   'data': 'sources prefetch',
   'batch': 'sequences ramp_from ramp_step ramp_tokens',
@@ -32,6 +33,7 @@ KNOBS = {
   'eval': 'every_tokens sequences',
   'save': 'every_tokens keep',
   'resume': 'accept_changes',
+  'stability': 'spike window streak rollbacks',
   'mesh': 'data fsdp tensor stage slow_axes',
   'compute': 'microbatch dtype attention remat loss_chunk compiled',
   'log': 'progress tensorboard wandb',
@@ -53,6 +55,9 @@ class Run:
   eval_sequences: int
   save_every: int
   profile: range  # step numbers to trace
+  skipped: list[range]  # sequences that the config leaves out
+  streak: int  # bad steps in a row after which a state is given up
+  rollbacks: int  # how often that may be
   compiled: str  # a file with the compiled step; '': it is compiled at the start
 
 
@@ -92,14 +97,26 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     ('eval.sequences', config.eval.sequences, 1),
     ('save.every_tokens', config.save.every_tokens, 0),
     ('save.keep', config.save.keep, 1),
+    ('stability.spike', config.stability.spike, 0),
+    ('stability.window', config.stability.window, 2),
+    ('stability.streak', config.stability.streak, 1),
+    ('stability.rollbacks', config.stability.rollbacks, 0),
   ):
     found.keep(_at_least, name, value, least)
   found.keep(check_seed, config.seed)
   profile = found.keep(_profile, config.profile)
+  skipped = found.keep(skips.parse, config.skip_sequences)
   raise_all(found.mistakes)
   sequences = lambda tokens: schedule.to_sequences(tokens, shape.context)
   return Run(
-    program=Program(shape, Numerics(dtype, attend, remat, dropout), optimizer, chunk, config.seed),
+    program=Program(
+      shape,
+      Numerics(dtype, attend, remat, dropout),
+      optimizer,
+      chunk,
+      config.seed,
+      Guard(config.stability.spike, config.stability.window),
+    ),
     lr=lr,
     ramp=ramp,
     mesh=mesh,
@@ -110,6 +127,9 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     eval_sequences=config.eval.sequences,
     save_every=sequences(config.save.every_tokens),
     profile=profile,
+    skipped=skipped,
+    streak=config.stability.streak,
+    rollbacks=config.stability.rollbacks,
     compiled=config.compute.compiled,
   )
 

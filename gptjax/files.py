@@ -8,5 +8,8 @@ def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
   """Writes a file beside its place and moves it there: dying on the way leaves what was before."""
   path = pathlib.Path(path)
   beside = path.with_name(f'{path.name}.incomplete')
-  beside.write_bytes(data.encode() if isinstance(data, str) else data)
+  with beside.open('wb') as file:
+    file.write(data.encode() if isinstance(data, str) else data)
+    file.flush()
+    os.fsync(file.fileno())
   beside.replace(path)

@@ -7,9 +7,8 @@ People write durations in tokens; here all is counted in sequences of `context` 
 import bisect
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -97,22 +96,40 @@ class Ramp:
     """The rung on which a step starts that has `sequences` consumed before it."""
     return self.rungs[bisect.bisect_right(self.rungs, sequences, key=lambda r: r.start) - 1]
 
-  def steps(self, sequences: int = 0, taken: int = 0) -> Iterator[Step]:
-    """The steps from `sequences` to the end, after so many steps taken."""
-    for number in itertools.count(taken + 1):
-      if sequences >= self.total:
-        return
-      step = Step(number, sequences, min(sequences + self.rung(sequences).batch, self.total))
-      yield step
-      sequences = step.end
+  def steps(
+    self, sequences: int = 0, taken: int = 0, skipped: Sequence[range] = ()
+  ) -> Iterator[Step]:
+    """The steps from `sequences` to the end, after so many steps taken.
 
-  def steps_left(self, sequences: int = 0) -> int:
+    No step has a sequence in `skipped`, ranges that are apart and in order: one that would reach
+    into a range ends before it, and the next one starts behind it.
+    """
+    number = taken
+    for start, stop in self._open(sequences, skipped):
+      while start < stop:
+        number += 1
+        step = Step(number, start, min(start + self.rung(start).batch, stop))
+        yield step
+        start = step.end
+
+  def steps_left(self, sequences: int = 0, skipped: Sequence[range] = ()) -> int:
     """How many steps it is from `sequences` to the end, without walking there."""
     left = 0
-    for rung, end in zip(self.rungs, self._ends(), strict=True):
-      steps = max(0, -(-(end - sequences) // rung.batch))
-      left, sequences = left + steps, sequences + steps * rung.batch
+    for start, stop in self._open(sequences, skipped):
+      for rung, end in zip(self.rungs, self._ends(), strict=True):
+        steps = max(0, -(-(min(end, stop) - start) // rung.batch))
+        left, start = left + steps, start + steps * rung.batch
     return left
+
+  def end(self, skipped: Sequence[range] = ()) -> int:
+    """Where the last step ends."""
+    return min([self.total, *(r.start for r in skipped if r.stop >= self.total)])
+
+  def _open(self, sequences, skipped) -> Iterator[tuple[int, int]]:
+    """The stretches from `sequences` to the end that are not skipped."""
+    for closed in [*skipped, range(self.total, self.total)]:
+      yield sequences, min(closed.start, self.total)
+      sequences = max(sequences, closed.stop)
 
   def slots(self, microbatch: int) -> tuple[int, int]:
     """Rows computed over the run in slices of `microbatch`, and those of them that weigh 0."""

@@ -8,11 +8,12 @@ import optax
 from flax import nnx
 from jax import lax
 
-from gptjax import pipeline, sharding
+from gptjax import pipeline, sharding, stability
 from gptjax.loss import cross_entropy, logits
 from gptjax.model import GPT, Numerics
 from gptjax.optimizer import AdamW
 from gptjax.sizes import Shape
+from gptjax.stability import Guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Batch:
 class Program:
   """What is compiled. Its methods are pure and want a mesh set around them.
 
-  A state is `{'params': …, 'moments': {'mu': …, 'nu': …, 'count': …}}`, nested dicts of arrays in
-  f32 whose layout depends on the shape alone.
+  A state is `{'params': …, 'moments': {'mu': …, 'nu': …, 'count': …}, 'health': …}`, nested dicts
+  of arrays, those of params and moments in f32 and in a layout that depends on the shape alone.
   """
 
   shape: Shape
@@ -60,11 +61,16 @@ class Program:
   optimizer: AdamW
   loss_chunk: int  # positions whose logits are held at a time
   seed: int
+  guard: Guard
 
   def init(self, key: jax.Array) -> dict:
     """A new state."""
     params = nnx.to_pure_dict(nnx.state(GPT(self.shape, key=key)))
-    return {'params': params, 'moments': self.optimizer.init(params)}
+    return {
+      'params': params,
+      'moments': self.optimizer.init(params),
+      'health': self.guard.init(),
+    }
 
   def abstract_state(self) -> dict:
     """The state's shapes, dtypes and shardings on the mesh that is set; costs no memory."""
@@ -168,20 +174,31 @@ class Program:
   ) -> tuple[dict, dict]:
     """One update of the state at learning rate `lr`; the other arguments are of `gradients`.
 
+    A step that the guard finds bad leaves params and moments as they were, bit for bit.
+
     Returns:
       The new state, and as metrics in f32 the mean loss in nats per token and the global norms
-      of the gradient (before its clip), of the update and of the new parameters.
+      of the gradient (before its clip), of the update and of the new parameters; and as int32
+      what the guard judged, how many bad steps there were in a row, and where the first began.
     """
     loss, grads = self.gradients(state['params'], token_gbl, start, rows)
+    grad_norm = optax.tree.norm(grads)
+    judged = self.guard.judge(state['health'], loss, grad_norm)
     updates, moments = self.optimizer.update(grads, state['moments'], state['params'], lr)
-    params = optax.apply_updates(state['params'], updates)
+    taken = {'params': optax.apply_updates(state['params'], updates), 'moments': moments}
+    kept = {name: state[name] for name in taken}
+    new = stability.choose(judged == stability.GOOD, taken, kept)
+    health = self.guard.after(state['health'], judged, start, loss, grad_norm)
     metrics = {
       'loss': loss,
-      'grad_norm': optax.tree.norm(grads),
-      'update_norm': optax.tree.norm(updates),
-      'param_norm': optax.tree.norm(params),
+      'grad_norm': grad_norm,
+      'update_norm': jnp.where(judged == stability.GOOD, optax.tree.norm(updates), 0.0),
+      'param_norm': optax.tree.norm(new['params']),
+      'judged': judged,
+      'streak': health['streak'],
+      'since': health['since'],
     }
-    return {'params': params, 'moments': moments}, metrics
+    return new | {'health': health}, metrics
 
   def eval_step(self, params: dict, token_gbl: jax.Array, rows: jax.Array) -> jax.Array:
     """The loss in nats summed over the tokens of the first `rows` rows, without dropout."""

@@ -13,7 +13,13 @@ from gptjax.data.mixture import Mixture
 
 
 def describe(
-  run: Run, mesh: jax.sharding.Mesh, corpora: Corpora, mixed: Mixture, start: int, taken: int
+  run: Run,
+  mesh: jax.sharding.Mesh,
+  corpora: Corpora,
+  mixed: Mixture,
+  start: int,
+  taken: int,
+  skipped: Sequence[range],
 ) -> str:
   """What is about to run after `start` sequences and so many steps, in a few lines."""
   shape, numerics, ramp = run.program.shape, run.program.numerics, run.ramp
@@ -21,7 +27,7 @@ def describe(
   ramped = f'{batches[0]} … {batches[-1]}' if batches[1:] else f'{batches[-1]}'
   rungs = f'{len(batches)} rung' + 's' * bool(batches[1:])
   computed, surplus = ramp.slots(run.microbatch)
-  steps = range(taken + 1, taken + ramp.steps_left(start) + 1)
+  steps = range(taken + 1, taken + ramp.steps_left(start, skipped) + 1)
   lines = {
     'model': f'{shape.n_params:,} parameters, {shape.n_layers} layers, context {shape.context}',
     'data': '\n         '.join(corpora.table(mixed, ramp.total)),
@@ -44,6 +50,8 @@ def describe(
     )
   if start < ramp.total:
     lines['start'] = f'sequence {start:,}, step {steps.start:,}' if start else 'from scratch'
+  if skipped:
+    lines['skipped'] = 'sequences ' + ' '.join(f'{r.start:,}–{r.stop - 1:,}' for r in skipped)
   if mixed.stages[1:]:
     since = mixed.stages[-1].start
     lines['stage'] = f'{len(mixed.stages)} of the mixture, from sequence {since:,} on' + (

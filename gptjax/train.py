@@ -17,7 +17,19 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptjax import ahead, checkpoint, files, flags, hosts, metrics, schedule, sharding, summary
+from gptjax import (
+  ahead,
+  checkpoint,
+  files,
+  flags,
+  hosts,
+  metrics,
+  schedule,
+  sharding,
+  skips,
+  stability,
+  summary,
+)
 from gptjax.config import Run, check_knobs, resolve
 from gptjax.data import dataset, loader, tokenizer
 from gptjax.data.corpora import Corpora, open_all
@@ -48,7 +60,11 @@ def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
   workdir = epath.Path(config.workdir)
   wanted, fix = 'a folder to make and write in', 'more room, or --config.workdir=runs/…'
   with told_as(f'workdir {workdir}', wanted, fix, OSError):
-    go_on(config, run, corpora, workdir)
+    while True:
+      try:
+        return go_on(config, run, corpora, workdir)
+      except GivenUp as e:
+        roll_back(run, workdir, e.rollback)
 
 
 def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -> None:
@@ -60,11 +76,15 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
   commit = git_commit()
   saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
   with contextlib.closing(saved_in) as checkpoints, told_from_where(checkpoints):
+    rollbacks = skips.read(workdir)
+    for each in rollbacks:  # while the state was bad
+      checkpoints.drop_within(each.start, each.stop)
     start, taken, starts, stages, changed = checkpoints.latest() or 0, 0, [], [], []
     settings, names = settings_of(config, corpora, {}), {}
     # Before the first process changes anything that the others still look at.
     reached = metrics.reached(workdir)
-    hosts.check_alike(settings | {'hosts': '', 'start': start, 'commit': commit}, workdir)
+    about = {'hosts': '', 'start': start, 'commit': commit, 'rollbacks': len(rollbacks)}
+    hosts.check_alike(settings | about, workdir)
     if start:
       with checkpoints.damage_told(start):
         saved = checkpoints.record(start)
@@ -74,19 +94,22 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
         taken, starts = operator.index(saved['step']), [*saved['starts']]
         stages = [Stage(**stage) for stage in saved['stages']]
     else:
-      check_nothing_lost(workdir, run, reached)
+      if not rollbacks:
+        check_nothing_lost(workdir, run, reached)
     if not stages or stages[-1].weights != corpora.stage:
       stages.append(Stage(start, corpora.stage))
     mixed = Mixture(stages)
     mesh = sharding.make_mesh(**run.mesh, across=run.across)
     train_step = ahead.step(run, mesh)
-    hosts.say(summary.describe(run, mesh, corpora, mixed, start, taken))
+    skipped = skips.union([*run.skipped, *(range(r.start, r.stop) for r in rollbacks)])
+    hosts.say(summary.describe(run, mesh, corpora, mixed, start, taken, skipped))
     for change in changed:
       told = '{setting} was {before}, is {after} from here on'.format_map(change)
       hosts.say(f'change   {told}')
     if start and reached < start:
       hosts.say(f'metrics  none from sequence {reached:,} to {start:,}: {metrics.FILE} was cut')
-    if start >= run.ramp.total:
+    steps = run.ramp.steps(start, taken, skipped)
+    if not run.ramp.steps_left(start, skipped):
       hosts.say(f'nothing is left to train: {start:,} of {run.ramp.total:,} sequences')
       if hosts.first():
         print(summary.verdict(workdir, corpora))
@@ -128,7 +151,8 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
         trainer = Trainer(run, train_step, corpora, mixed, mesh, writer, bar, workdir)
         clock = lambda step: {'sequences': step.end, 'step': step.number}
         save = lambda step, state: checkpoints.save(step.end, state, record | clock(step))
-        trainer.train(state, run.ramp.steps(start, taken), config.data.prefetch, save)
+        end = run.ramp.end(skipped)
+        trainer.train(state, steps, end, config.data.prefetch, save)
   if hosts.first():
     print(summary.verdict(workdir, corpora))
 
@@ -136,6 +160,34 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
 def settings_of(config: ConfigDict, corpora: Corpora, names: Mapping[str, str]) -> dict:
   """What a checkpoint knows of a run, flat, with the names that its corpora had before."""
   return checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity(names)})
+
+
+class GivenUp(Exception):
+  """A state went bad: the run shall go on from before it, and leave out what made it so."""
+
+  def __init__(self, rollback: skips.Rollback):
+    super().__init__(rollback.why)
+    self.rollback = rollback
+
+
+def roll_back(run: Run, workdir: epath.Path, rollback: skips.Rollback) -> None:
+  """Notes what is left out from now on.
+
+  Raises:
+    Mistake: if that was done as often as it may be.
+  """
+  before = skips.read(workdir)
+  told = lambda r: f'sequences {r.start:,} to {r.stop - 1:,} ({r.why})'
+  if len(before) >= run.rollbacks:
+    got = f'{run.streak} bad steps in a row: {told(rollback)}'
+    got += ', after rolling back for ' + ', '.join(map(told, before)) * bool(before)
+    fix = 'another seed or a smaller rate, or --config.stability.rollbacks to go on'
+    raise mistake('stability', got, f'no more than {run.rollbacks} rollbacks', fix)
+  hosts.say(f'rollback {told(rollback)} are left out from here on')
+  hosts.meet()  # all have read the file that now changes
+  if hosts.first():
+    skips.add(workdir, rollback)
+  hosts.meet()
 
 
 @contextlib.contextmanager
@@ -191,12 +243,15 @@ class Trainer:
     self.warm = False  # whether a step has run, so that the next one's time is not a compilation
     self.tracing = False
 
-  def train(self, state: dict, steps: Iterable[schedule.Step], ahead: int, save: Callable) -> None:
+  def train(
+    self, state: dict, steps: Iterable[schedule.Step], end: int, ahead: int, save: Callable
+  ) -> None:
     """Takes the steps.
 
     Args:
       state: consumed from here on.
       steps: those from the state's place on the clock to the end.
+      end: where the last one ends.
       ahead: batches to make ahead.
       save: what to call as save(step, state) when a checkpoint is due.
     """
@@ -206,7 +261,7 @@ class Trainer:
       state, measured = self.train_step(state, *batch)
       self.read()
       self.unread = step, batch[-1], measured
-      last = step.end == run.ramp.total
+      last = step.end == end
       if last or schedule.due(run.eval_every, step.start, step.end):
         self.read()
         self.validate(state['params'], step)
@@ -231,6 +286,7 @@ class Trainer:
       return
     (step, rate, measured), self.unread = self.unread, None
     measured = jax.device_get(measured)
+    judged, streak, since = (int(measured.pop(name)) for name in ('judged', 'streak', 'since'))
     now = time.perf_counter()
     seconds, self.clock = now - self.clock, now
     tokens = step.rows * self.shape.context
@@ -253,6 +309,24 @@ class Trainer:
     self.warm = True
     self.writer.write(record)
     self.bar.update(record)
+    if judged != stability.GOOD:
+      self.leave_out(step, record['loss'], stability.TOLD[judged], streak, since)
+
+  def leave_out(self, step: schedule.Step, loss: float, why: str, streak: int, since: int) -> None:
+    """Tells of a step that was not taken; gives the state up after too many in a row.
+
+    Raises:
+      GivenUp: from the first one of them on.
+    """
+    clock = {'step': step.number, 'sequences': step.end, 'tokens': step.end * self.shape.context}
+    told = {'start': step.start, 'loss': loss, 'why': why, 'streak': streak}
+    self.writer.write({'kind': 'skip'} | clock | told)
+    self.bar.say(
+      f'skipped  step {step.number}, sequences {step.start:,} to {step.end - 1:,}: {why}; '
+      f'{streak} in a row'
+    )
+    if streak >= self.run.streak:
+      raise GivenUp(skips.Rollback(since, step.end, why))
 
   def validate(self, params: dict, step: schedule.Step) -> None:
     """Writes the mean loss over the held-out windows of each source, and of their mixture."""

@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, unless it is `pytest -m gpu`; and Python in a subprocess."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -198,6 +199,29 @@ def straight(tmp_path_factory, corpus, run_python) -> tuple[pathlib.Path, str]:
 
   workdir = tmp_path_factory.mktemp('straight')
   return workdir, run_python(runs.args(workdir, corpus), timeout=200).stdout
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> list[tuple[range, float, float]]:
+  """Steps that begin in these ranges get a loss or a gradient times a factor."""
+  import jax
+  import jax.numpy as jnp
+
+  from gptjax.step import Program
+
+  real, plan = Program.gradients, []
+
+  def gradients(self, params, token_gbl, start, rows):
+    loss, grads = real(self, params, token_gbl, start, rows)
+    for where, on_loss, on_grads in plan:
+      here = (start >= where.start) & (start < where.stop)
+      loss = loss * jnp.where(here, on_loss, 1.0)
+      factor = jnp.where(here, on_grads, 1.0)
+      grads = jax.tree.map(functools.partial(jnp.multiply, factor), grads)
+    return loss, grads
+
+  monkeypatch.setattr(Program, 'gradients', gradients)
+  return plan
 
 
 def _wants_gpu(config: pytest.Config) -> bool:

@@ -13,6 +13,7 @@ from gptjax import attention, machines, sharding
 from gptjax.model import Numerics
 from gptjax.optimizer import AdamW
 from gptjax.sizes import Shape
+from gptjax.stability import Guard
 from gptjax.step import Program
 
 # Three layers: one period of the pattern, and one layer left over. n_heads · d_head ≠ d_model, and
@@ -20,6 +21,7 @@ from gptjax.step import Program
 SHAPE = Shape(3, 32, 4, 6, 64, 16, 250, (None, 5))
 NUMERICS = Numerics(jnp.dtype('float32'), attention.reference, 'none', 0.0)
 ADAMW = AdamW(0.9, 0.95, 1e-8, 0.1, 1.0)
+GUARD = Guard(10.0, 16)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 
 
@@ -42,9 +44,11 @@ def machine_or_skip(topology: str) -> machines.Machine:
   return machines.find(topology)
 
 
-def program(shape: Shape = SHAPE, loss_chunk: int = 6, seed: int = 0, **numerics) -> Program:
+def program(
+  shape: Shape = SHAPE, loss_chunk: int = 6, seed: int = 0, guard: Guard = GUARD, **numerics
+) -> Program:
   """A program; keywords replace what is in NUMERICS."""
-  return Program(shape, dataclasses.replace(NUMERICS, **numerics), ADAMW, loss_chunk, seed)
+  return Program(shape, dataclasses.replace(NUMERICS, **numerics), ADAMW, loss_chunk, seed, guard)
 
 
 def on(data: int = 1, fsdp: int = 1, tensor: int = 1, stage: int = 1):
@@ -67,14 +71,14 @@ def put(token_gbl: np.ndarray) -> jax.Array:
 def init(program: Program) -> dict:
   """A new state of a program on the mesh that is set."""
   layout = jax.tree.map(lambda a: a.sharding, program.abstract_state())
-  return jax.device_put(_initial(program.shape), layout)
+  return jax.device_put(_initial(program.shape, program.guard), layout)
 
 
 @functools.cache
-def _initial(shape: Shape) -> dict:
+def _initial(shape: Shape, guard: Guard) -> dict:
   # Compiled once for all tests: test_sharding shows that the mesh does not matter.
   with on():
-    state = jax.jit(lambda: program(shape).init(jax.random.key(0)))()
+    state = jax.jit(lambda: program(shape, guard=guard).init(jax.random.key(0)))()
   return jax.tree.map(np.asarray, state)
 
 

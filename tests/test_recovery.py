@@ -1,0 +1,137 @@
+"""What a run does when something breaks: it ends as if nothing had, or says why it cannot."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import checkpoint, skips, train
+from gptjax.config import resolve
+from gptjax.errors import Mistake
+from tests import small
+from tests.runs import config, records
+
+NAN = float('nan')
+# Steps of 24 sequences from 64 on, saved and judged often.
+SETTINGS = {
+  'batch__ramp_tokens': 0.0,
+  'train_tokens': 24 * 20 * 32.0,
+  'save__every_tokens': 24 * 3 * 32.0,
+  'eval__every_tokens': 0.0,
+  'save__keep': 3,
+  'stability__window': 8,
+  'stability__streak': 2,
+  'mesh__data': 8,
+}
+
+
+def run(workdir, corpus, **settings):
+  train.main(config(workdir, corpus, **SETTINGS | settings))
+
+
+def end_of(workdir, corpus):
+  """The last checkpoint's place and state, as NumPy."""
+  c = config(workdir, corpus, **SETTINGS | {'mesh__data': 1})
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep=9)
+  with small.on():
+    abstract = resolve(c, jax.devices()[:1]).program.abstract_state()
+    state = checkpoints.restore(checkpoints.latest(), abstract)
+  return checkpoints.latest(), jax.tree.map(np.asarray, state)
+
+
+def assert_same_end(a, b, corpus):
+  (at, one), (then, other) = end_of(a, corpus), end_of(b, corpus)
+  assert at == then
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_bad_step_is_left_out_and_told(poisoned, corpus, tmp_path, capsys):
+  poisoned.append((range(120, 144), NAN, 1.0))
+  run(tmp_path, corpus)
+  (skip,) = records(tmp_path, 'skip')
+  assert np.isnan(skip.pop('loss'))
+  why = 'loss or gradient is not finite'
+  clock = {'step': 6, 'sequences': 144, 'tokens': 144 * 32, 'start': 120}
+  assert skip == {'kind': 'skip', 'why': why, 'streak': 1} | clock
+  steps = records(tmp_path)
+  assert [r['step'] for r in steps] == list(range(1, 21))
+  assert steps[5]['update_norm'] == 0 and steps[5]['param_norm'] == steps[4]['param_norm']
+  assert f'skipped  step 6, sequences 120 to 143: {why}; 1 in a row' in capsys.readouterr().err
+
+
+def test_a_streak_rolls_back_and_ends_as_a_run_that_never_saw_it(
+  poisoned, corpus, tmp_path, capsys
+):
+  """The checkpoint made while the state was bad is forgotten; the clock jumps."""
+  poisoned.append((range(216, 288), 1.0, NAN))  # a checkpoint is made at 216, and one at 288
+  run(tmp_path / 'run', corpus, stability__streak=3)
+  told = capsys.readouterr().out
+  assert 'rollback sequences 216 to 287 (loss or gradient is not finite) are left out' in told
+  assert 'skipped  sequences 216–287\n' in told and 'start    sequence 216, step 10' in told
+  (rollback,) = skips.read(tmp_path / 'run')
+  assert (rollback.start, rollback.stop) == (216, 288)
+  run(tmp_path / 'by_hand', corpus, stability__streak=3, skip_sequences='216-287')
+  assert records(tmp_path / 'run') == records(tmp_path / 'by_hand')
+  assert [r['sequences'] for r in records(tmp_path / 'run')][8:11] == [216, 312, 336]
+  assert_same_end(tmp_path / 'run', tmp_path / 'by_hand', corpus)
+
+
+def test_a_rollback_without_a_checkpoint_starts_anew(poisoned, corpus, tmp_path):
+  poisoned.append((range(24, 72), NAN, 1.0))
+  run(tmp_path / 'run', corpus)
+  run(tmp_path / 'by_hand', corpus, skip_sequences='24-71')
+  assert records(tmp_path / 'run') == records(tmp_path / 'by_hand')
+  assert_same_end(tmp_path / 'run', tmp_path / 'by_hand', corpus)
+
+
+def test_rollbacks_end_and_the_run_says_why(poisoned, corpus, tmp_path):
+  poisoned.append((range(144, 999), NAN, 1.0))
+  with pytest.raises(Mistake) as e:
+    run(tmp_path, corpus, stability__rollbacks=2)
+  assert len(skips.read(tmp_path)) == 2
+  for told in (
+    '2 bad steps in a row: sequences 240 to 287',
+    '144 to 191',
+    '192 to 239',
+    'no more than 2',
+  ):
+    assert told in str(e.value)
+  # And again, until a person decides: nothing was lost.
+  with pytest.raises(Mistake, match='sequences 240 to 287'):
+    run(tmp_path, corpus, stability__rollbacks=2)
+  poisoned.clear()
+  run(tmp_path, corpus, stability__rollbacks=2)
+  assert records(tmp_path)[-1]['sequences'] == 480
+
+
+def test_what_is_skipped_is_skipped_from_any_checkpoint(corpus, tmp_path):
+  """A run that stops within the stretch, before and behind it."""
+  skip = {'skip_sequences': '100-130,200-239'}
+  run(tmp_path / 'whole', corpus, **skip)
+  for tokens in (90, 100, 150, 245):
+    part = {
+      'train_tokens': tokens * 32.0,
+      'resume__accept_changes': True,
+      'lr__decay_tokens': 12288.0,
+    }
+    run(tmp_path / 'parts', corpus, **skip | part)
+  run(tmp_path / 'parts', corpus, **skip, resume__accept_changes=True)
+  seen = lambda name: [(r['sequences'], r['batch']) for r in records(tmp_path / name)]
+  covered = lambda name: sorted(i for end, rows in seen(name) for i in range(end - rows, end))
+  wanted = [i for i in range(480) if not (100 <= i <= 130 or 200 <= i <= 239)]
+  assert covered('parts') == covered('whole') == wanted
+
+
+def test_a_skip_to_the_end_ends_the_run(corpus, tmp_path, capsys):
+  run(tmp_path, corpus, skip_sequences='400-1000')
+  assert records(tmp_path)[-1]['sequences'] == 400
+  run(tmp_path, corpus, skip_sequences='400-1000')
+  assert 'nothing is left to train' in capsys.readouterr().out
+  assert json.loads((tmp_path / 'config.json').read_text())['skip_sequences'] == '400-1000'
+
+
+def test_a_skip_is_part_of_the_recipe(corpus, tmp_path):
+  run(tmp_path, corpus, train_tokens=24 * 4 * 32.0)
+  with pytest.raises(Mistake, match='skip_sequences'):
+    run(tmp_path, corpus, train_tokens=24 * 4 * 32.0, skip_sequences='200-300')
