@@ -1,20 +1,25 @@
 """Checkpoints by Orbax: the state, and what it takes to know whether one may go on from it."""
 
 import contextlib
+import itertools
 import json
 import logging
+import os
 from collections.abc import Iterator
+from concurrent import futures
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gptjax import hosts
+from gptjax import hosts, integrity, schedule
 from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 # What a resume may change, by the longest prefix of a setting's name. FREE are knobs of the
 # machine. NEVER would make another model, or another stream of tokens that only looks the same.
 # The rest is the recipe, which changes only if asked for.
 FREE, NEVER, RECIPE = 'free', 'never', 'recipe'
+ASIDE = 'damaged'  # a folder beside the checkpoints
 POLICY = {
   '': RECIPE,
   'workdir': FREE,
@@ -41,27 +46,78 @@ POLICY = {
 class Checkpoints:
   """The checkpoints of a run, each named by the sequences consumed.
 
-  A checkpoint is the state (nested dicts of arrays, whatever the mesh) and a record as JSON. One
-  that cannot be read is a Mistake: which, why, and what there is besides it.
+  A checkpoint is the state (nested dicts of arrays, whatever the mesh), a record as JSON, and lists
+  of its files, written last (`integrity`): without them it is not finished.
   """
 
-  def __init__(self, folder: str, keep: int):
+  def __init__(self, folder: str | os.PathLike, keep: int, keep_every: int = 0):
+    """Keeps the newest, and besides the first at or after each multiple of `keep_every`."""
+    # It deletes none: the old ones go when the newest has its lists.
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+      cleanup_tmp_directories=True, enable_async_checkpointing=True
     )
+    self._folder = epath.Path(folder).absolute()
     self._manager = ocp.CheckpointManager(
-      epath.Path(folder).absolute(), options=options, item_names=('state', 'record')
+      self._folder, options=options, item_names=('state', 'record')
     )
+    self._keep, self._keep_every = keep, keep_every
+    self._thread = futures.ThreadPoolExecutor(1, 'checkpoints')
+    self._pending: futures.Future | None = None
 
   def latest(self) -> int | None:
-    """Sequences consumed at the last complete checkpoint, None if there is none."""
-    return self._manager.latest_step()
+    """Sequences consumed at the last finished checkpoint, None if there is none."""
+    return max(_finished(self._folder), default=None)
+
+  def newest_whole(self) -> int | None:
+    """The same of the last one whose files are as they were written; those after it go aside.
+
+    Raises:
+      Mistake: if there are checkpoints, and damage in all that are finished.
+    """
+    bad = {}
+    for sequences in sorted(_steps(self._folder), reverse=True):
+      if not (why := self._damage(sequences)):
+        break
+      bad[sequences] = why
+    else:
+      sequences = None
+    damaged = {s: why for s, why in bad.items() if not why.endswith(integrity.UNFINISHED)}
+    if damaged and sequences is None:
+      got = ', '.join(f'{s}: {why}' for s, why in damaged.items())
+      fix = 'a copy of one, or moving them away to start anew'
+      raise mistake(f'checkpoints in {self._folder}', got, 'one that is whole', fix)
+    for each, why in bad.items():
+      self._put_aside(each, why)
+    return sequences
+
+  def _damage(self, sequences) -> str:
+    folder = self._folder / str(sequences)
+    mine = integrity.damage(folder, jax.process_index(), jax.process_count())
+    return next(filter(None, hosts.all_say(mine)), '')
+
+  def _put_aside(self, sequences, why) -> None:
+    """Moves one away: it may be of use to a person, and is in the way of the next at its place."""
+    aside = self._folder.with_name(ASIDE)
+    to = next(
+      path for path in (aside / f'{sequences}.{i}' for i in itertools.count()) if not path.exists()
+    )
+    hosts.say(f'DAMAGED  checkpoint {sequences:,}: {why}; it is now {aside.name}/{to.name}')
+    hosts.meet()  # all have looked
+    if hosts.first():
+      aside.mkdir(parents=True, exist_ok=True)
+      (self._folder / str(sequences)).rename(to)
+    hosts.meet()
+    self._manager.reload()
 
   def drop_within(self, start: int, stop: int) -> None:
     """Deletes those after `start`, up to `stop`."""
-    for sequences in self._manager.all_steps():
-      if start < sequences <= stop:
-        self._manager.delete(sequences)
+    hosts.meet()
+    if hosts.first():
+      for sequences in _steps(self._folder):
+        if start < sequences <= stop:
+          (self._folder / str(sequences)).rmtree()
+    hosts.meet()
+    self._manager.reload()
 
   def record(self, sequences: int) -> dict:
     """What was saved beside the state."""
@@ -80,21 +136,67 @@ class Checkpoints:
     return _damage_told(self._manager, sequences)
 
   def save(self, sequences: int, state: dict, record: dict) -> None:
-    """Starts to save and returns when the state was copied from the devices."""
+    """Starts to save, when the save before is done, and returns when the state was copied.
+
+    Raises:
+      Mistake: what went wrong with it, or with the one before, if `failure` was not asked.
+    """
+    self.wait()
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
     with self._failure_told():
       self._manager.save(sequences, args=args)
+    self._pending = self._thread.submit(self._finish, sequences)
 
-  def wait(self) -> int | None:
-    """Waits until everything is on disk, and returns what `latest` does."""
+  def _finish(self, sequences) -> None:
+    """Waits until a checkpoint is on disk, lists its files, and deletes what need not be kept."""
     with self._failure_told():
       self._manager.wait_until_finished()
+      folder = self._folder / str(sequences)
+      integrity.write_list(folder, jax.process_index(), jax.process_count())
+      if hosts.first():
+        for old in self._surplus():
+          (self._folder / str(old)).rmtree()
+
+  def _surplus(self) -> set[int]:
+    finished = sorted(_finished(self._folder))
+    before = [0, *finished[:-1]]
+    pairs = zip(before, finished, strict=False)
+    marks = {end for start, end in pairs if schedule.due(self._keep_every, start, end)}
+    newest = {s for s in _steps(self._folder) if s >= (finished[-self._keep :] or [0])[0]}
+    return set(_steps(self._folder)) - marks - newest
+
+  def failure(self) -> Mistake | None:
+    """What went wrong with the last save, told once; None while it goes on or if it went well."""
+    if not self._pending or not self._pending.done():
+      return None
+    pending, self._pending = self._pending, None
+    failed = pending.exception()
+    if failed:
+      self._manager.reload()  # it would count a checkpoint that is not there
+    if failed and not isinstance(failed, Mistake):
+      raise failed
+    return failed
+
+  def wait(self) -> int | None:
+    """Waits until everything is on disk, and returns what `latest` does.
+
+    Raises:
+      Mistake: what went wrong with the last save.
+    """
+    if self._pending:
+      futures.wait([self._pending])
+    if failed := self.failure():
+      raise failed
     return self.latest()
 
   def close(self) -> None:
     """Waits until everything is on disk."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      with self._failure_told():
+        self._manager.close()
 
   @contextlib.contextmanager
   def _failure_told(self) -> Iterator[None]:
@@ -107,8 +209,16 @@ class Checkpoints:
       # The first of many writes that failed is told; asyncio would log the others below it.
       logging.getLogger('asyncio').addFilter(lambda log: 'never retrieved' not in log.getMessage())
       # A full disk has many names here.
-      with told_as(f'checkpoints in {self._manager.directory}', 'to be written', fix, Exception):
+      with told_as(f'checkpoints in {self._folder}', 'to be written', fix, Exception):
         raise
+
+
+def _steps(folder: epath.Path) -> list[int]:
+  return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def _finished(folder: epath.Path) -> list[int]:
+  return [s for s in _steps(folder) if integrity.complete(folder / str(s))]
 
 
 def load_params(folder: epath.Path, abstract: dict) -> dict:
@@ -119,9 +229,12 @@ def load_params(folder: epath.Path, abstract: dict) -> dict:
   """
   options = ocp.CheckpointManagerOptions(create=False)
   with ocp.CheckpointManager(folder.absolute(), options=options, item_names=('state',)) as manager:
-    last = manager.latest_step()
+    last = max(_finished(folder), default=None) if folder.exists() else None
     if last is None:
       raise mistake('checkpoints', f'none in {folder}', 'a complete one', 'training further first')
+    if why := integrity.damage(folder / str(last)):
+      with _damage_told(manager, last):
+        raise ValueError(why)
     wanted = {'params': abstract}
     args = ocp.args.PyTreeRestore(
       wanted,

@@ -79,7 +79,7 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
     rollbacks = skips.read(workdir)
     for each in rollbacks:  # while the state was bad
       checkpoints.drop_within(each.start, each.stop)
-    start, taken, starts, stages, changed = checkpoints.latest() or 0, 0, [], [], []
+    start, taken, starts, stages, changed = checkpoints.newest_whole() or 0, 0, [], [], []
     settings, names = settings_of(config, corpora, {}), {}
     # Before the first process changes anything that the others still look at.
     reached = metrics.reached(workdir)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import checkpoint
+from gptjax import checkpoint, integrity
 from gptjax.errors import Mistake
 from tests import small
 
@@ -69,30 +69,103 @@ def garble(path):
       file.write_bytes(b'{]' + file.read_bytes()[3:])
 
 
+def flip(path):
+  """One bit of the largest file, as a disk or a network may."""
+  file = max((p for p in path.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(data)
+
+
+def cut(path):
+  file = max((p for p in path.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  file.write_bytes(file.read_bytes()[:-1])
+
+
 @pytest.mark.parametrize(
   'item, damage',
   [('', empty), ('', garble)]
-  + [(item, how) for item in ('state', 'record') for how in (shutil.rmtree, empty, garble)],
+  + [(item, how) for item in ('state', 'record') for how in (shutil.rmtree, empty, flip, cut)],
 )
-def test_a_damaged_checkpoint_is_told_with_the_one_before(saved, tmp_path, item, damage):
+def test_a_damaged_checkpoint_goes_aside_and_the_one_before_is_used(
+  saved, tmp_path, capsys, item, damage
+):
   folder, program, state = saved
   shutil.copytree(folder, tmp_path / 'c')
   damage(tmp_path / 'c' / '24' / item)
+  if damage is not empty or item:
+    with small.on(), pytest.raises(Mistake, match='c/24: got .*to go on from sequence 16'):
+      checkpoint.load_params(tmp_path / 'c', program.abstract_state()['params'])
+  there = sorted(p.relative_to(tmp_path / 'c') for p in (tmp_path / 'c').rglob('*'))
   checkpoints = checkpoint.Checkpoints(tmp_path / 'c', keep=2)
-  told = 'c/24: got .*, wanted a whole checkpoint; try moving it away, to go on from sequence 16'
+  assert checkpoints.newest_whole() == 16
+  assert 'DAMAGED  checkpoint 24: ' in capsys.readouterr().out
+  assert (tmp_path / 'damaged' / '24.0').exists() and not (tmp_path / 'c' / '24').exists()
   with small.on():
-    abstract = program.abstract_state()
-    with pytest.raises(Mistake, match=told):
-      checkpoints.record(24)
-      checkpoints.restore(24, abstract)
-    if item != 'record':
-      with pytest.raises(Mistake, match=told):
-        checkpoint.load_params(tmp_path / 'c', abstract['params'])
+    got = checkpoints.restore(16, program.abstract_state())
+    jax.tree.map(np.testing.assert_array_equal, got, state)
+    checkpoints.save(24, got, {'settings': 'again'})
     checkpoints.close()
-    shutil.rmtree(tmp_path / 'c' / '24')
+  assert checkpoint.Checkpoints(tmp_path / 'c', keep=2).newest_whole() == 24
+  assert len(there) > 20
+
+
+def test_an_unfinished_checkpoint_is_none(saved, tmp_path):
+  """It was killed after Orbax was done, and before its files were listed."""
+  folder, *_ = saved
+  shutil.copytree(folder, tmp_path / 'c')
+  for at in ('24', '16'):
+    (tmp_path / 'c' / at / 'sums.0-of-1.json').unlink()
     checkpoints = checkpoint.Checkpoints(tmp_path / 'c', keep=2)
-    got = checkpoints.restore(checkpoints.latest(), abstract)
-  jax.tree.map(np.testing.assert_array_equal, got, state)
+    assert checkpoints.latest() == (16 if at == '24' else None)
+  assert checkpoints.newest_whole() is None
+  assert sorted(p.name for p in (tmp_path / 'damaged').iterdir()) == ['16.0', '24.0']
+
+
+def test_no_whole_checkpoint_is_told_and_all_stay(saved, tmp_path):
+  folder, *_ = saved
+  shutil.copytree(folder, tmp_path / 'c')
+  flip(tmp_path / 'c' / '24')
+  flip(tmp_path / 'c' / '16')
+  with pytest.raises(Mistake, match='got 24: .* is not what was written, 16: .*wanted one that is'):
+    checkpoint.Checkpoints(tmp_path / 'c', keep=2).newest_whole()
+  assert {'24', '16'} <= {p.name for p in (tmp_path / 'c').iterdir()}
+
+
+def test_marks_are_kept_besides_the_newest(saved, tmp_path):
+  _, program, state = saved
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'c', keep=2, keep_every=100)
+  left = []
+  for sequences in (30, 60, 90, 120, 150, 190, 230, 260):
+    checkpoints.save(sequences, {'a': np.ones(3)}, {})
+    checkpoints.wait()
+    left.append(sorted(int(p.name) for p in (tmp_path / 'c').iterdir()))
+  assert left[:4] == [[30], [30, 60], [60, 90], [90, 120]]
+  assert left[4:] == [[120, 150], [120, 150, 190], [120, 190, 230], [120, 230, 260]]
+
+
+def test_a_save_that_fails_is_told_and_the_next_one_goes_well(saved, tmp_path, monkeypatch):
+  """The newest that is whole stays, however few are kept."""
+  _, program, state = saved
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'c', keep=1)
+  checkpoints.save(8, state, {})
+  assert checkpoints.wait() == 8 and checkpoints.failure() is None
+  real = integrity.write_list
+
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(integrity, 'write_list', full)
+  checkpoints.save(16, state, {})
+  with pytest.raises(Mistake, match='No space left'):
+    checkpoints.wait()
+  assert checkpoints.failure() is None  # it was told
+  monkeypatch.setattr(integrity, 'write_list', real)
+  assert checkpoints.latest() == 8
+  checkpoints.save(24, state, {})
+  assert checkpoints.wait() == 24
+  assert {p.name for p in (tmp_path / 'c').iterdir()} == {'24'}
+  checkpoints.close()
 
 
 def test_saving_goes_on_in_another_thread(saved, tmp_path):

@@ -20,6 +20,7 @@ FLOORS = {
   'files': 0,
   'flags': 0.5,
   'sizes': 0,
+  'integrity': 0.5,
   'hlo': 0,
   'machines': 0,
   'sharding': 0.5,
