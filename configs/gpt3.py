@@ -68,6 +68,8 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.save = ConfigDict()
   c.save.every_tokens = 1e9  # 0: only at the end
   c.save.keep = 3  # checkpoints, the newest
+  c.save.keep_every_tokens = 10e9  # besides, the first after each multiple; 0: none
+  c.save.failures = 3  # saves that fail in a row, after which the run ends
 
   c.resume = ConfigDict()
   c.resume.accept_changes = False  # of the recipe: rate, batch, data, length
@@ -77,6 +79,10 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.stability.window = 128  # good steps that a spike is told by
   c.stability.streak = 16  # bad steps in a row after which the run rolls back and skips them
   c.stability.rollbacks = 3  # how often it may
+
+  c.watchdog = ConfigDict()
+  c.watchdog.seconds = 1800.0  # without a step, when the run says where it is stuck; 0: never
+  c.watchdog.ends = False  # and ends, to be started again
 
   c.mesh = ConfigDict()
   c.mesh.data = -1  # -1: all devices that are left

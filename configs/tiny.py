@@ -54,6 +54,8 @@ def get_config() -> ConfigDict:
   c.save = ConfigDict()
   c.save.every_tokens = 5e5
   c.save.keep = 2
+  c.save.keep_every_tokens = 0.0
+  c.save.failures = 3
 
   c.resume = ConfigDict()
   c.resume.accept_changes = False
@@ -63,6 +65,10 @@ def get_config() -> ConfigDict:
   c.stability.window = 128
   c.stability.streak = 16
   c.stability.rollbacks = 3
+
+  c.watchdog = ConfigDict()
+  c.watchdog.seconds = 1800.0
+  c.watchdog.ends = False
 
   c.mesh = ConfigDict()
   c.mesh.data = -1

@@ -30,6 +30,7 @@ POLICY = {
   'save': FREE,
   'eval': FREE,
   'profile': FREE,
+  'watchdog': FREE,
   'resume': FREE,
   'data.sources': FREE,  # folders may move; what is in them is the corpus
   'data.prefetch': FREE,
@@ -74,8 +75,11 @@ class Checkpoints:
     Raises:
       Mistake: if there are checkpoints, and damage in all that are finished.
     """
-    bad = {}
-    for sequences in sorted(_steps(self._folder), reverse=True):
+    bad, there = {}, sorted(_steps(self._folder), reverse=True)
+    if len(set(hosts.all_say(str(there)))) > 1:
+      got = f'{there} here, and others in another process'
+      raise mistake('checkpoints', got, 'one workdir for all', 'a shared file system')
+    for sequences in there:
       if not (why := self._damage(sequences)):
         break
       bad[sequences] = why
@@ -139,7 +143,7 @@ class Checkpoints:
     """Starts to save, when the save before is done, and returns when the state was copied.
 
     Raises:
-      Mistake: what went wrong with it, or with the one before, if `failure` was not asked.
+      Mistake: what went wrong with it, or with the one before, if `poll` has not told yet.
     """
     self.wait()
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
@@ -165,17 +169,17 @@ class Checkpoints:
     newest = {s for s in _steps(self._folder) if s >= (finished[-self._keep :] or [0])[0]}
     return set(_steps(self._folder)) - marks - newest
 
-  def failure(self) -> Mistake | None:
-    """What went wrong with the last save, told once; None while it goes on or if it went well."""
+  def poll(self) -> tuple[bool, Mistake | None]:
+    """Whether a save has ended since this was last asked, and what went wrong with it."""
     if not self._pending or not self._pending.done():
-      return None
+      return False, None
     pending, self._pending = self._pending, None
     failed = pending.exception()
     if failed:
       self._manager.reload()  # it would count a checkpoint that is not there
     if failed and not isinstance(failed, Mistake):
       raise failed
-    return failed
+    return True, failed
 
   def wait(self) -> int | None:
     """Waits until everything is on disk, and returns what `latest` does.
@@ -185,7 +189,8 @@ class Checkpoints:
     """
     if self._pending:
       futures.wait([self._pending])
-    if failed := self.failure():
+    _, failed = self.poll()
+    if failed:
       raise failed
     return self.latest()
 

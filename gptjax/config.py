@@ -31,9 +31,10 @@ KNOBS = {
   'lr': 'peak warmup_tokens decay_tokens final_fraction',
   'adamw': 'b1 b2 eps weight_decay clip_norm',
   'eval': 'every_tokens sequences',
-  'save': 'every_tokens keep',
+  'save': 'every_tokens keep keep_every_tokens failures',
   'resume': 'accept_changes',
   'stability': 'spike window streak rollbacks',
+  'watchdog': 'seconds ends',
   'mesh': 'data fsdp tensor stage slow_axes',
   'compute': 'microbatch dtype attention remat loss_chunk compiled',
   'log': 'progress tensorboard wandb',
@@ -54,6 +55,10 @@ class Run:
   eval_every: int
   eval_sequences: int
   save_every: int
+  save_keep: int  # newest checkpoints
+  save_keep_every: int  # besides the first at or after each multiple
+  save_failures: int  # in a row, at which the run ends
+  prefetch: int  # batches made ahead
   profile: range  # step numbers to trace
   skipped: list[range]  # sequences that the config leaves out
   streak: int  # bad steps in a row after which a state is given up
@@ -97,6 +102,9 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     ('eval.sequences', config.eval.sequences, 1),
     ('save.every_tokens', config.save.every_tokens, 0),
     ('save.keep', config.save.keep, 1),
+    ('save.keep_every_tokens', config.save.keep_every_tokens, 0),
+    ('save.failures', config.save.failures, 1),
+    ('watchdog.seconds', config.watchdog.seconds, 0),
     ('stability.spike', config.stability.spike, 0),
     ('stability.window', config.stability.window, 2),
     ('stability.streak', config.stability.streak, 1),
@@ -126,6 +134,10 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     eval_every=sequences(config.eval.every_tokens),
     eval_sequences=config.eval.sequences,
     save_every=sequences(config.save.every_tokens),
+    save_keep=config.save.keep,
+    save_keep_every=sequences(config.save.keep_every_tokens),
+    save_failures=config.save.failures,
+    prefetch=config.data.prefetch,
     profile=profile,
     skipped=skipped,
     streak=config.stability.streak,

@@ -190,6 +190,44 @@ def all_say(mine: str) -> list[str]:
   return _exchange(mine) if jax.process_count() > 1 else [mine]
 
 
+AHEAD = 3  # steps: who has read the metrics of one knows that all others have begun it
+
+
+class Request:
+  """What all processes do after the same step, though only one of them knows why."""
+
+  def __init__(self, what: str):
+    self._what, self._round, self._mine = what, 0, None
+
+  def ask(self, step: int, why: str) -> None:
+    """Asks for it after step `step`, or soon after it where others must hear of it first."""
+    if jax.process_count() == 1:
+      self._mine = step, why
+      return
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has asked already
+      _client().key_value_set(self._key, json.dumps([step + AHEAD, why]))
+
+  def due(self, step: int) -> str:
+    """Why it is to be done after this step, or ''. Every process asks after every step."""
+    asked = self._mine if jax.process_count() == 1 else self._heard()
+    if not asked or step < asked[0]:
+      return ''
+    self._round, self._mine = self._round + 1, None
+    return asked[1]
+
+  @property
+  def _key(self):
+    return f'gptjax/asked/{self._what}/{self._round}'
+
+  def _heard(self):
+    try:
+      return json.loads(_client().key_value_try_get(self._key))
+    except jax.errors.JaxRuntimeError as e:
+      if 'NOT_FOUND' not in str(e):
+        raise
+      return None
+
+
 def check_alike(about: dict, workdir: epath.Path) -> None:
   """Waits for all processes, and raises unless all run the same in the same folder.
 

@@ -18,7 +18,7 @@ from gptjax import files
 from gptjax.errors import Mistake, mistake, told_as
 
 FILE = 'metrics.jsonl'
-REQUIRED = {'kind': str, 'step': int, 'sequences': int, 'tokens': int, 'loss': int | float | str}
+REQUIRED = {'kind': str, 'step': int, 'sequences': int, 'tokens': int}
 
 # Dense bf16 FLOP/s of one JAX device, by the exact `device_kind`: data sheets often print the
 # doubled figure for structured sparsity, and a part of a name is shared by chips that differ
@@ -80,6 +80,12 @@ def peak_memory_bytes() -> int | None:
   return max((s['peak_bytes_in_use'] for s in stats if 'peak_bytes_in_use' in s), default=None)
 
 
+def process_seconds() -> float:
+  """Since this process was started, all imports included; from Linux's own account of it."""
+  started = pathlib.Path('/proc/self/stat').read_text().rsplit(')', 1)[1].split()[19]
+  return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf('SC_CLK_TCK')
+
+
 class Throughput:
   """Tokens per second over the last `steps` steps, without the first: it compiles."""
 
@@ -101,7 +107,8 @@ class MetricsWriter:
 
   A record is a flat dict with `kind`, `step`, `sequences`, `tokens`. The JSONL file holds each
   position once: whatever lies after `resume_at`, the sequences consumed at the checkpoint that is
-  resumed from, is dropped first, and with 0 the file starts empty. TensorBoard forgets the same
+  resumed from, is dropped first, and with 0 all is, but records of kind `start`. What it took to
+  come to what is dropped is then in `lost`, as `steps` and `seconds`. TensorBoard forgets the same
   steps; W&B cannot, and shows both. NaN and the infinities are the strings 'NaN', 'Infinity' and
   '-Infinity', since JSON has no such numbers; `read` gives the floats back.
 
@@ -120,12 +127,14 @@ class MetricsWriter:
   ):
     """With `enabled` False, as in every process of a run but one, nothing is written."""
     self._file = self._tensorboard = self._wandb = None
+    self.lost = {'steps': 0, 'seconds': 0.0}
     if not enabled:
       return
     wandb = import_wandb() if wandb_project else None
     path = _path(workdir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = _keep(path, resume_at)
+    kept, dropped = _keep(path, resume_at)
+    self.lost = _time_of(kept, dropped)
     self._file = path.open('a')
     if tensorboard:
       # What TensorBoard has at or after `purge_step` is forgotten. If there is no record to tell
@@ -143,9 +152,10 @@ class MetricsWriter:
       self._wandb.define_metric('*', step_metric='tokens')
 
   def write(self, record: dict) -> None:
-    """Writes one record and flushes it; values that are None are left out."""
+    """Writes one record with the `time` and flushes it; values that are None are left out."""
     if not self._file:
       return
+    record = record | {'time': round(time.time(), 3)}
     record = {name: _plain(value) for name, value in record.items() if value is not None}
     kind, tokens = record['kind'], record['tokens']
     assert {'step', 'sequences'} <= record.keys(), record
@@ -155,13 +165,18 @@ class MetricsWriter:
     scalars = {
       f'{kind}/{name}': value
       for name, value in record.items()
-      if name != 'tokens' and isinstance(value, int | float)
+      if name not in ('tokens', 'time') and isinstance(value, int | float)
     }
     if self._tensorboard:
       for name, value in scalars.items():
         self._tensorboard.add_scalar(name, value, tokens)
     if self._wandb:
       self._wandb.log(scalars | {'tokens': tokens})
+
+  def sync(self) -> None:
+    """Returns when what was written is on disk, whatever happens to the machine."""
+    if self._file:
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Ends all that is written to; may be called twice."""
@@ -204,7 +219,8 @@ def reached(workdir: str | os.PathLike) -> int:
     Mistake: the file is damaged elsewhere than in its last line.
   """
   path = _path(workdir)
-  return max((r['sequences'] for r in _parse(path)), default=0) if path.exists() else 0
+  records = _parse(path) if path.exists() else []
+  return max((r['sequences'] for r in records if r['kind'] != 'start'), default=0)
 
 
 class ProgressBar:
@@ -295,20 +311,31 @@ def _path(workdir: str | os.PathLike) -> pathlib.Path:
   return pathlib.Path(workdir).absolute() / FILE
 
 
-def _keep(path: pathlib.Path, resume_at: int) -> list[dict]:
-  """Drops the records after `resume_at` from the file, or all for 0; returns the others."""
+def _keep(path: pathlib.Path, resume_at: int) -> tuple[list[dict], list[dict]]:
+  """Drops the records after `resume_at` from the file, or all for 0; returns the others, and these.
+
+  Those of kind `start` stay: they tell of what was lost.
+  """
   if not path.exists():
-    return []
+    return [], []
   # The baseline of a stage that begins here is written again when it does.
   again = {'kind': 'baseline', 'sequences': resume_at}.items()
-  kept = [
-    r
-    for r in _parse(path)
-    if 0 < resume_at and r['sequences'] <= resume_at and not again <= r.items()
-  ]
+  kept, dropped = [], []
+  for r in _parse(path):
+    stays = 0 < resume_at and r['sequences'] <= resume_at and not again <= r.items()
+    (kept if stays or r['kind'] == 'start' else dropped).append(r)
   lines = [json.dumps({name: _encode(value) for name, value in r.items()}) + '\n' for r in kept]
   files.write_whole(path, ''.join(lines))
-  return kept
+  return kept, dropped
+
+
+def _time_of(kept: list[dict], dropped: list[dict]) -> dict:
+  """The steps that were dropped, and the seconds that they and what was between them took."""
+  steps = sum(r['kind'] == 'train' for r in dropped)
+  times = [r['time'] for r in dropped if 'time' in r]
+  # From what came before them: a start of the run, or the last record that stays.
+  before = [r['time'] for r in kept if 'time' in r and r['time'] <= min(times, default=0)]
+  return {'steps': steps, 'seconds': max(times) - max(before, default=min(times)) if times else 0.0}
 
 
 def _parse(path: pathlib.Path) -> list[dict]:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
-from gptjax import files, metrics  # noqa: E402
+from gptjax import files, goodput, metrics  # noqa: E402
 from gptjax.errors import Mistake, mistake, raise_all, told_as, told_plainly  # noqa: E402
 
 # Okabe & Ito 2008: told apart by colour-blind readers too. Their yellow is too pale for a line.
@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise mistake('--out', out, 'a file in a folder that exists', f'mkdir -p {out.parent}')
   figure = draw(runs)
   print(table(runs))
+  for records in runs.values():
+    if told := goodput.table(records):
+      print(told)
   image = io.BytesIO()
   figure.savefig(image)
   with told_as(out, 'a place to write to', '--out=report.png', OSError):

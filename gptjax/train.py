@@ -9,11 +9,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -24,17 +23,19 @@ from gptjax import (
   flags,
   hosts,
   metrics,
-  schedule,
+  preemption,
   sharding,
   skips,
-  stability,
   summary,
 )
 from gptjax.config import Run, check_knobs, resolve
-from gptjax.data import dataset, loader, tokenizer
+from gptjax.data import tokenizer
 from gptjax.data.corpora import Corpora, open_all
 from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import mistake, told_as
+from gptjax.loop import GivenUp, Trainer
+from gptjax.saver import Saver
+from gptjax.watchdog import Watchdog
 
 SMALLER = 'more devices with --config.mesh.fsdp, or a smaller model'
 
@@ -47,12 +48,21 @@ def main(config: ConfigDict) -> None:
     devices = jax.devices()
   if found:
     hosts.say(f'hosts    {jax.process_count()}, {found}')
-  with hosts.leaving_at_once():
-    train(config, devices)
+  try:
+    with hosts.leaving_at_once():
+      train(config, devices)
+  except preemption.Preempted as e:
+    if hosts.first():
+      print(f'ended    {e}; the same command goes on from there', file=sys.stderr, flush=True)
+    raise SystemExit(preemption.AGAIN) from None
 
 
 def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
-  """The same, once all processes are there."""
+  """The same, once all processes are there.
+
+  Raises:
+    Preempted: when all is saved, since SIGTERM came.
+  """
   run = resolve(config, devices)
   corpora = open_all(config.data.sources, run.program.shape)
   if config.log.wandb:
@@ -60,21 +70,29 @@ def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
   workdir = epath.Path(config.workdir)
   wanted, fix = 'a folder to make and write in', 'more room, or --config.workdir=runs/…'
   with told_as(f'workdir {workdir}', wanted, fix, OSError):
+    since = time.perf_counter() - metrics.process_seconds()
     while True:
       try:
-        return go_on(config, run, corpora, workdir)
+        return go_on(config, run, corpora, workdir, since)
       except GivenUp as e:
+        since = time.perf_counter()
         roll_back(run, workdir, e.rollback)
 
 
-def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -> None:
-  """Trains in a workdir, from the last checkpoint there if there is one."""
+def go_on(
+  config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path, since: float
+) -> None:
+  """Trains in a workdir, from the last checkpoint there if there is one.
+
+  Args:
+    since: when this start began, of `time.perf_counter`.
+  """
   (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK):
     raise PermissionError('not writable')
   hosts.meet()
   commit = git_commit()
-  saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', config.save.keep)
+  saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', run.save_keep, run.save_keep_every)
   with contextlib.closing(saved_in) as checkpoints, told_from_where(checkpoints):
     rollbacks = skips.read(workdir)
     for each in rollbacks:  # while the state was bad
@@ -93,9 +111,8 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
         changed = checkpoint.changes(saved['settings'], settings, config.resume.accept_changes)
         taken, starts = operator.index(saved['step']), [*saved['starts']]
         stages = [Stage(**stage) for stage in saved['stages']]
-    else:
-      if not rollbacks:
-        check_nothing_lost(workdir, run, reached)
+    elif not rollbacks:
+      check_nothing_lost(workdir, run, reached)
     if not stages or stages[-1].weights != corpora.stage:
       stages.append(Stage(start, corpora.stage))
     mixed = Mixture(stages)
@@ -122,11 +139,14 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
       'names': corpora.names | names,
     }
     with jax.set_mesh(mesh):
+      restoring = time.perf_counter()
       if start:
         state = checkpoints.restore(start, run.program.abstract_state())
       else:
         with told_as('memory', 'enough for the state', SMALLER, jax.errors.JaxRuntimeError):
           state = jax.jit(lambda: run.program.init(jax.random.key(config.seed)))()
+      jax.block_until_ready(state)
+      restored = time.perf_counter() - restoring
       if hosts.first():
         write_record(workdir, config, record, corpora.first)
       with (
@@ -143,16 +163,23 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
           run.program.shape.context,
           enabled=config.log.progress and hosts.first(),
         ) as bar,
+        preemption.listening() as notice,
+        Watchdog(config.watchdog.seconds, ends=config.watchdog.ends) as watchdog,
       ):
+        at = {'step': taken, 'sequences': start, 'tokens': start * run.program.shape.context}
+        began = {
+          'setup_seconds': time.perf_counter() - since,
+          'restore_seconds': restored * bool(start),
+          'lost_steps': writer.lost['steps'],
+          'lost_seconds': writer.lost['seconds'],
+        }
+        writer.write({'kind': 'start', **at, **began})
         if stages[-1].start == start:
-          at = {'step': taken, 'sequences': start, 'tokens': start * run.program.shape.context}
-          baseline = {'kind': 'baseline', 'loss': corpora.mean(corpora.unigram_nats)} | at
+          baseline = {'kind': 'baseline', **at, 'loss': corpora.mean(corpora.unigram_nats)}
           writer.write(baseline)
+        saver = Saver(checkpoints, record, run.save_failures, bar.say)
         trainer = Trainer(run, train_step, corpora, mixed, mesh, writer, bar, workdir)
-        clock = lambda step: {'sequences': step.end, 'step': step.number}
-        save = lambda step, state: checkpoints.save(step.end, state, record | clock(step))
-        end = run.ramp.end(skipped)
-        trainer.train(state, steps, end, config.data.prefetch, save)
+        trainer.train(state, steps, run.ramp.end(skipped), saver, notice, watchdog)
   if hosts.first():
     print(summary.verdict(workdir, corpora))
 
@@ -160,14 +187,6 @@ def go_on(config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path) -
 def settings_of(config: ConfigDict, corpora: Corpora, names: Mapping[str, str]) -> dict:
   """What a checkpoint knows of a run, flat, with the names that its corpora had before."""
   return checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity(names)})
-
-
-class GivenUp(Exception):
-  """A state went bad: the run shall go on from before it, and leave out what made it so."""
-
-  def __init__(self, rollback: skips.Rollback):
-    super().__init__(rollback.why)
-    self.rollback = rollback
 
 
 def roll_back(run: Run, workdir: epath.Path, rollback: skips.Rollback) -> None:
@@ -216,164 +235,6 @@ def check_nothing_lost(workdir: epath.Path, run: Run, reached: int) -> None:
       'the checkpoints that they tell of',
       f'another workdir, or moving {metrics.FILE} away to start anew',
     )
-
-
-class Trainer:
-  """The loop. A step's metrics are read while the next step runs; nothing else is waited for."""
-
-  def __init__(
-    self,
-    run: Run,
-    train_step: Callable,
-    corpora: Corpora,
-    mixed: Mixture,
-    mesh: jax.sharding.Mesh,
-    writer: metrics.MetricsWriter,
-    bar: metrics.ProgressBar,
-    workdir: epath.Path,
-  ):
-    self.run, self.corpora, self.mesh = run, corpora, mesh
-    self.writer, self.bar, self.workdir = writer, bar, workdir
-    self.shape = run.program.shape
-    self.train_step = train_step
-    self.eval_step = jax.jit(run.program.eval_step)
-    self.windows = corpora.stream(mixed, run.program.seed)
-    self.unread = None  # a step, its rate, and its metrics, which may still be being computed
-    self.clock = time.perf_counter()  # when the time began that the unread step is charged with
-    self.warm = False  # whether a step has run, so that the next one's time is not a compilation
-    self.tracing = False
-
-  def train(
-    self, state: dict, steps: Iterable[schedule.Step], end: int, ahead: int, save: Callable
-  ) -> None:
-    """Takes the steps.
-
-    Args:
-      state: consumed from here on.
-      steps: those from the state's place on the clock to the end.
-      end: where the last one ends.
-      ahead: batches to make ahead.
-      save: what to call as save(step, state) when a checkpoint is due.
-    """
-    run = self.run
-    for step, batch in loader.prefetch(self.batch, steps, ahead):
-      self.trace(step)
-      state, measured = self.train_step(state, *batch)
-      self.read()
-      self.unread = step, batch[-1], measured
-      last = step.end == end
-      if last or schedule.due(run.eval_every, step.start, step.end):
-        self.read()
-        self.validate(state['params'], step)
-      if last or schedule.due(run.save_every, step.start, step.end):
-        self.read()  # first, so that no checkpoint is ahead of the metrics on disk
-        save(step, state)
-        self.clock = time.perf_counter()
-    self.trace(None)
-
-  def batch(self, step: schedule.Step) -> tuple:
-    """What the compiled step takes, made in another thread; the rate is that of the step's end."""
-    run = self.run
-    tokens = loader.place(
-      self.windows, step.start, step.rows, run.slices, run.microbatch, self.mesh
-    )
-    rate = schedule.at(run.lr, step.end)
-    return tokens, np.int32(step.start), np.int32(step.rows), rate
-
-  def read(self) -> None:
-    """Waits for the metrics of the unread step, if there is one, and writes them."""
-    if not self.unread:
-      return
-    (step, rate, measured), self.unread = self.unread, None
-    measured = jax.device_get(measured)
-    judged, streak, since = (int(measured.pop(name)) for name in ('judged', 'streak', 'since'))
-    now = time.perf_counter()
-    seconds, self.clock = now - self.clock, now
-    tokens = step.rows * self.shape.context
-    record = {
-      'kind': 'train',
-      'step': step.number,
-      'sequences': step.end,
-      'tokens': step.end * self.shape.context,
-      'batch': step.rows,
-      'lr': float(rate),
-      **{name: float(value) for name, value in measured.items()},
-      'seconds': seconds,
-    }
-    if self.warm:
-      device = self.mesh.devices.flat[0].device_kind
-      speed = tokens / seconds
-      used = metrics.mfu(self.shape.train_flops, speed, device, self.mesh.size)
-      memory = metrics.peak_memory_bytes()
-      record |= {'tokens_per_second': speed, 'mfu': used, 'peak_bytes': memory}
-    self.warm = True
-    self.writer.write(record)
-    self.bar.update(record)
-    if judged != stability.GOOD:
-      self.leave_out(step, record['loss'], stability.TOLD[judged], streak, since)
-
-  def leave_out(self, step: schedule.Step, loss: float, why: str, streak: int, since: int) -> None:
-    """Tells of a step that was not taken; gives the state up after too many in a row.
-
-    Raises:
-      GivenUp: from the first one of them on.
-    """
-    clock = {'step': step.number, 'sequences': step.end, 'tokens': step.end * self.shape.context}
-    told = {'start': step.start, 'loss': loss, 'why': why, 'streak': streak}
-    self.writer.write({'kind': 'skip'} | clock | told)
-    self.bar.say(
-      f'skipped  step {step.number}, sequences {step.start:,} to {step.end - 1:,}: {why}; '
-      f'{streak} in a row'
-    )
-    if streak >= self.run.streak:
-      raise GivenUp(skips.Rollback(since, step.end, why))
-
-  def validate(self, params: dict, step: schedule.Step) -> None:
-    """Writes the mean loss over the held-out windows of each source, and of their mixture."""
-    losses, counts = {}, {}
-    for name, windows in self.corpora.held_out.items():
-      counts[name] = min(len(windows), self.run.eval_sequences)
-      losses[name] = self.loss(params, windows, counts[name])
-    apart = {}
-    if len(losses) > 1:
-      apart = {f'loss/{name}': loss for name, loss in losses.items()}
-    self.writer.write(
-      {
-        'kind': 'validation',
-        'step': step.number,
-        'sequences': step.end,
-        'tokens': step.end * self.shape.context,
-        'loss': self.corpora.mean(losses),
-        'bits_per_byte': self.corpora.bits_per_byte(losses),
-        'windows': sum(counts.values()),
-        **apart,
-      }
-    )
-    self.clock = time.perf_counter()
-
-  def loss(self, params: dict, windows: dataset.Windows, count: int) -> float:
-    """The mean loss in nats per token over the first `count` windows, in their own order."""
-    rows, total, unread = self.run.microbatch * self.run.slices, 0.0, None
-    for start in range(0, count, rows):
-      mine = min(rows, count - start)
-      token_gbl = loader.place(
-        windows, start, mine, self.run.slices, self.run.microbatch, self.mesh
-      )
-      value = self.eval_step(params, token_gbl, np.int32(mine))
-      total += float(unread) if unread is not None else 0.0
-      unread = value
-    return (total + float(unread)) / (count * self.shape.context)
-
-  def trace(self, step: schedule.Step | None) -> None:
-    """Starts and ends the profiler's trace around the steps that the config names."""
-    wanted = step is not None and step.number in self.run.profile
-    if wanted != self.tracing:
-      self.read()
-      if wanted:
-        jax.profiler.start_trace(str(self.workdir / 'profile'))
-      else:
-        jax.profiler.stop_trace()
-      self.tracing, self.clock = wanted, time.perf_counter()
 
 
 def write_record(workdir: epath.Path, config: ConfigDict, record: dict, corpus) -> None:

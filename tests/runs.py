@@ -74,6 +74,6 @@ def args(workdir, corpus, **settings):
 
 def records(workdir, kind='train'):
   """Of the metrics of a run, without what depends on the machine's speed."""
-  timed = ('seconds', 'tokens_per_second', 'mfu', 'peak_bytes')
+  timed = ('seconds', 'tokens_per_second', 'mfu', 'peak_bytes', 'time')
   timeless = lambda r: {k: v for k, v in r.items() if k not in timed}
   return [timeless(r) for r in metrics.read(workdir) if r['kind'] == kind]

@@ -149,7 +149,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_goes_well(saved, tmp_path, m
   _, program, state = saved
   checkpoints = checkpoint.Checkpoints(tmp_path / 'c', keep=1)
   checkpoints.save(8, state, {})
-  assert checkpoints.wait() == 8 and checkpoints.failure() is None
+  assert checkpoints.wait() == 8 and checkpoints.poll() == (False, None)
   real = integrity.write_list
 
   def full(*_):
@@ -159,7 +159,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_goes_well(saved, tmp_path, m
   checkpoints.save(16, state, {})
   with pytest.raises(Mistake, match='No space left'):
     checkpoints.wait()
-  assert checkpoints.failure() is None  # it was told
+  assert checkpoints.poll() == (False, None)  # it was told
   monkeypatch.setattr(integrity, 'write_list', real)
   assert checkpoints.latest() == 8
   checkpoints.save(24, state, {})

@@ -199,8 +199,8 @@ def test_ramp_compiles_once_and_steps_are_read_one_behind(corpus, tmp_path, monk
   kinds = ''.join(kind[0] for kind, _ in events)
   n = len(starts)
   assert kinds == 'd' + 'dr' * (n - 1) + 'r'
-  # Four numbers each time, and no other look at a device until the last step was dispatched.
-  assert [reads.count(i) for i in range(n)] == [0, 0] + [4] * (n - 2)
+  # Seven numbers each time, and no other look at a device until the last step was dispatched.
+  assert [reads.count(i) for i in range(n)] == [0, 0] + [7] * (n - 2)
 
 
 def test_stream_of_a_run_is_the_order_of_the_clock(corpus):
@@ -272,7 +272,7 @@ def test_metrics_that_were_cut_are_told(straight, corpus, tmp_path, capsys):
   path = tmp_path / 'run' / 'metrics.jsonl'
   path.write_bytes(b''.join(path.read_bytes().splitlines(True)[:5]))
   train.main(config(tmp_path / 'run', corpus))
-  assert 'metrics  none from sequence 32 to 384: metrics.jsonl was cut' in capsys.readouterr().out
+  assert 'metrics  none from sequence 24 to 384: metrics.jsonl was cut' in capsys.readouterr().out
   path.unlink()
   path.mkdir()
   with pytest.raises(Mistake, match='metrics.jsonl: got IsADirectoryError'):

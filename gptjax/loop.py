@@ -1,0 +1,214 @@
+"""The loop of training, and what it does between steps."""
+
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from etils import epath
+
+from gptjax import hosts, metrics, schedule, skips, stability
+from gptjax.config import Run
+from gptjax.data import dataset, loader
+from gptjax.data.corpora import Corpora
+from gptjax.data.mixture import Mixture
+from gptjax.preemption import Notice, Preempted
+from gptjax.saver import Saver
+from gptjax.watchdog import Watchdog
+
+
+class GivenUp(Exception):
+  """A state went bad: the run shall go on from before it, and leave out what made it so."""
+
+  def __init__(self, rollback: skips.Rollback):
+    super().__init__(rollback.why)
+    self.rollback = rollback
+
+
+class Trainer:
+  """The loop. A step's metrics are read while the next step runs; nothing else is waited for."""
+
+  def __init__(
+    self,
+    run: Run,
+    train_step: Callable,
+    corpora: Corpora,
+    mixed: Mixture,
+    mesh: jax.sharding.Mesh,
+    writer: metrics.MetricsWriter,
+    bar: metrics.ProgressBar,
+    workdir: epath.Path,
+  ):
+    self.run, self.corpora, self.mesh = run, corpora, mesh
+    self.writer, self.bar, self.workdir = writer, bar, workdir
+    self.shape = run.program.shape
+    self.train_step = train_step
+    self.eval_step = jax.jit(run.program.eval_step)
+    self.windows = corpora.stream(mixed, run.program.seed)
+    self.unread = None  # a step, its rate, and its metrics, which may still be being computed
+    self.clock = time.perf_counter()  # when the time began that the unread step is charged with
+    self.warm = False  # whether a step has run, so that the next one's time is not a compilation
+    self.tracing = False
+    self.ending = hosts.Request('end')
+
+  def train(
+    self,
+    state: dict,
+    steps: Iterable[schedule.Step],
+    end: int,
+    saver: Saver,
+    notice: Notice,
+    watchdog: Watchdog,
+  ) -> None:
+    """Takes the steps.
+
+    Args:
+      state: consumed from here on.
+      steps: those from the state's place on the clock to the end.
+      end: where the last one ends.
+      saver: what saves.
+      notice: of the end of this machine.
+      watchdog: what hears of each step.
+
+    Raises:
+      Preempted: after the notice, when all is saved.
+      GivenUp: after too many bad steps in a row.
+    """
+    run = self.run
+    watchdog.beat('the first step of this start')
+    for step, batch in loader.prefetch(self.batch, steps, run.prefetch):
+      self.trace(step)
+      state, measured = self.train_step(state, *batch)
+      self.read()
+      self.unread = step, batch[-1], measured
+      watchdog.beat(f'step {step.number}, sequences {step.start:,} to {step.end - 1:,}')
+      last = step.end == end
+      if last or schedule.due(run.eval_every, step.start, step.end):
+        self.read()
+        self.validate(state['params'], step)
+      if notice.given:
+        self.ending.ask(step.number, 'SIGTERM')
+      ends = self.ending.due(step.number)
+      again = saver.again(step)
+      if last or ends or again or schedule.due(run.save_every, step.start, step.end):
+        self.read()
+        self.save(saver, step, state, last=last or bool(ends))
+      if ends and not last:
+        told = f'{ends}: sequence {step.end:,} was saved'
+        raise Preempted(told + f', {notice.seconds:.1f} s after it came' * notice.given)
+    self.trace(None)
+
+  def save(self, saver: Saver, step: schedule.Step, state: dict, *, last: bool) -> None:
+    """Saves, when the metrics are on disk: no checkpoint is ahead of them."""
+    self.writer.sync()
+    seconds = saver.save(step, state, last=last)
+    self.writer.write({'kind': 'save', **self.at(step), 'seconds': seconds})
+    self.clock = time.perf_counter()
+
+  def at(self, step: schedule.Step) -> dict:
+    """The clock after a step, as records have it."""
+    return {
+      'step': step.number,
+      'sequences': step.end,
+      'tokens': step.end * self.shape.context,
+    }
+
+  def batch(self, step: schedule.Step) -> tuple:
+    """What the compiled step takes, made in another thread; the rate is that of the step's end."""
+    run = self.run
+    tokens = loader.place(
+      self.windows, step.start, step.rows, run.slices, run.microbatch, self.mesh
+    )
+    rate = schedule.at(run.lr, step.end)
+    return tokens, np.int32(step.start), np.int32(step.rows), rate
+
+  def read(self) -> None:
+    """Waits for the metrics of the unread step, if there is one, and writes them."""
+    if not self.unread:
+      return
+    (step, rate, measured), self.unread = self.unread, None
+    measured = jax.device_get(measured)
+    judged, streak, since = (int(measured.pop(name)) for name in ('judged', 'streak', 'since'))
+    now = time.perf_counter()
+    seconds, self.clock = now - self.clock, now
+    tokens = step.rows * self.shape.context
+    record = {
+      'kind': 'train',
+      **self.at(step),
+      'batch': step.rows,
+      'lr': float(rate),
+      **{name: float(value) for name, value in measured.items()},
+      'seconds': seconds,
+    }
+    if self.warm:
+      device = self.mesh.devices.flat[0].device_kind
+      speed = tokens / seconds
+      used = metrics.mfu(self.shape.train_flops, speed, device, self.mesh.size)
+      memory = metrics.peak_memory_bytes()
+      record |= {'tokens_per_second': speed, 'mfu': used, 'peak_bytes': memory}
+    self.warm = True
+    self.writer.write(record)
+    self.bar.update(record)
+    if judged != stability.GOOD:
+      self.leave_out(step, record['loss'], stability.TOLD[judged], streak, since)
+
+  def leave_out(self, step: schedule.Step, loss: float, why: str, streak: int, since: int) -> None:
+    """Tells of a step that was not taken; gives the state up after too many in a row.
+
+    Raises:
+      GivenUp: from the first one of them on.
+    """
+    told = {'start': step.start, 'loss': loss, 'why': why, 'streak': streak}
+    self.writer.write({'kind': 'skip', **self.at(step), **told})
+    self.bar.say(
+      f'skipped  step {step.number}, sequences {step.start:,} to {step.end - 1:,}: {why}; '
+      f'{streak} in a row'
+    )
+    if streak >= self.run.streak:
+      raise GivenUp(skips.Rollback(since, step.end, why))
+
+  def validate(self, params: dict, step: schedule.Step) -> None:
+    """Writes the mean loss over the held-out windows of each source, and of their mixture."""
+    losses, counts, began = {}, {}, time.perf_counter()
+    for name, windows in self.corpora.held_out.items():
+      counts[name] = min(len(windows), self.run.eval_sequences)
+      losses[name] = self.loss(params, windows, counts[name])
+    apart = {}
+    if len(losses) > 1:
+      apart = {f'loss/{name}': loss for name, loss in losses.items()}
+    self.writer.write(
+      {
+        'kind': 'validation',
+        **self.at(step),
+        'loss': self.corpora.mean(losses),
+        'bits_per_byte': self.corpora.bits_per_byte(losses),
+        'windows': sum(counts.values()),
+        'seconds': time.perf_counter() - began,
+        **apart,
+      }
+    )
+    self.clock = time.perf_counter()
+
+  def loss(self, params: dict, windows: dataset.Windows, count: int) -> float:
+    """The mean loss in nats per token over the first `count` windows, in their own order."""
+    rows, total, unread = self.run.microbatch * self.run.slices, 0.0, None
+    for start in range(0, count, rows):
+      mine = min(rows, count - start)
+      token_gbl = loader.place(
+        windows, start, mine, self.run.slices, self.run.microbatch, self.mesh
+      )
+      value = self.eval_step(params, token_gbl, np.int32(mine))
+      total += float(unread) if unread is not None else 0.0
+      unread = value
+    return (total + float(unread)) / (count * self.shape.context)
+
+  def trace(self, step: schedule.Step | None) -> None:
+    """Starts and ends the profiler's trace around the steps that the config names."""
+    wanted = step is not None and step.number in self.run.profile
+    if wanted != self.tracing:
+      self.read()
+      if wanted:
+        jax.profiler.start_trace(str(self.workdir / 'profile'))
+      else:
+        jax.profiler.stop_trace()
+      self.tracing, self.clock = wanted, time.perf_counter()

@@ -1,0 +1,94 @@
+"""What training does between steps."""
+
+import os
+import signal
+
+import pytest
+
+from gptjax import checkpoint, goodput, integrity, metrics, preemption, train
+from gptjax.errors import Mistake
+from tests.runs import args, config, records
+
+
+def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(
+  straight, corpus, tmp_path, start_python, run_python
+):
+  process = start_python(args(tmp_path, corpus))
+  path = tmp_path / 'metrics.jsonl'
+  while process.poll() is None and not (path.exists() and len(path.read_bytes().splitlines()) > 6):
+    pass
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=100)
+  assert process.returncode == preemption.AGAIN == 75
+  assert 'ended    SIGTERM: sequence ' in err and ' s after it came; the same command' in err
+  assert 'Traceback' not in err
+  last = records(tmp_path)[-1]['sequences']
+  assert last < 384 and f'sequence {last} was saved' in err
+  assert 'start    sequence ' + str(last) in run_python(args(tmp_path, corpus), timeout=200).stdout
+  assert records(tmp_path) == records(straight[0])
+  assert [r['sequences'] for r in records(tmp_path, 'start')] == [0, last]
+
+
+def test_saves_that_fail_are_told_and_tried_again(corpus, tmp_path, monkeypatch, capsys):
+  real, failures = integrity.write_list, [True, True]
+
+  def flaky(*args):
+    if failures and failures.pop():
+      raise OSError(28, 'No space left on device')
+    real(*args)
+
+  monkeypatch.setattr(integrity, 'write_list', flaky)
+  train.main(config(tmp_path, corpus, mesh__data=8))
+  told = capsys.readouterr().err
+  assert told.count('FAILED   checkpoints in ') == 2 and '2 in a row, and at 3 the run ends' in told
+  assert records(tmp_path)[-1]['sequences'] == 384
+  monkeypatch.setattr(integrity, 'write_list', lambda *_: 1 / 0)
+  with pytest.raises(Mistake, match='ZeroDivisionError'):
+    train.main(config(tmp_path / 'other', corpus, mesh__data=8))
+
+
+def test_a_run_accounts_for_its_time(corpus, tmp_path):
+  train.main(config(tmp_path, corpus, mesh__data=8, train_tokens=4096.0))
+  found = metrics.read(tmp_path)
+  kinds = [r['kind'] for r in found]
+  assert kinds[:3] == ['start', 'baseline', 'train']
+  assert kinds.count('save') == 2 and kinds.count('validation') == 1
+  whole = found[-1]['time'] - found[0]['time'] + found[0]['setup_seconds']
+  spent = goodput.account(found)
+  assert sum(spent.values()) == pytest.approx(whole, rel=1e-6)
+  assert all(spent[part] > 0 for part in ('training', 'starting', 'compiling', 'saving'))
+  assert spent['down'] == spent['repeated'] == spent['skipped'] == 0
+
+
+def test_lost_steps_are_counted_when_they_are_taken_again(corpus, tmp_path, start_python):
+  process = start_python(args(tmp_path, corpus, save__every_tokens=0.0))
+  path = tmp_path / 'metrics.jsonl'
+  while process.poll() is None and not (path.exists() and len(path.read_bytes().splitlines()) > 6):
+    pass
+  process.kill()
+  process.communicate()
+  taken = len(records(tmp_path))
+  train.main(config(tmp_path, corpus, mesh__data=8, save__every_tokens=0.0))
+  first, second = (r for r in metrics.read(tmp_path) if r['kind'] == 'start')
+  assert (first['lost_steps'], first['lost_seconds']) == (0, 0)
+  assert second['lost_steps'] == taken > 3 and second['lost_seconds'] > 0
+  assert len(records(tmp_path)) == 20
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_that_covers_them(corpus, tmp_path, monkeypatch):
+  order, fsync, save = [], os.fsync, checkpoint.Checkpoints.save
+
+  def synced(fd):
+    order.append(os.readlink(f'/proc/self/fd/{fd}'))
+    fsync(fd)
+
+  def saved(*args):
+    order.append('save')
+    save(*args)
+
+  monkeypatch.setattr(os, 'fsync', synced)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', saved)
+  train.main(config(tmp_path, corpus, mesh__data=8, train_tokens=2048.0))
+  told = [o for o in order if o == 'save' or o.endswith('metrics.jsonl')]
+  assert told and told[::2] == [str(tmp_path / 'metrics.jsonl')] * (len(told) // 2)
+  assert told[1::2] == ['save'] * (len(told) // 2)
