@@ -100,6 +100,7 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.compute.remat = 'dots'  # none, weights, dots or full: from most memory to least
   c.compute.loss_chunk = 512  # positions whose logits are held at a time
   c.compute.compiled = ''  # a step that `gptjax.plan --save` compiled; '': compiled at the start
+  c.compute.cache = 'auto'  # a folder of what was compiled; auto: in the workdir; '': none
 
   c.log = ConfigDict()
   c.log.progress = True  # a bar, or lines where no terminal is

@@ -84,6 +84,7 @@ def get_config() -> ConfigDict:
   c.compute.remat = 'none'
   c.compute.loss_chunk = 128
   c.compute.compiled = ''
+  c.compute.cache = 'auto'
 
   c.log = ConfigDict()
   c.log.progress = True

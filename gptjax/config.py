@@ -36,7 +36,7 @@ KNOBS = {
   'stability': 'spike window streak rollbacks',
   'watchdog': 'seconds ends',
   'mesh': 'data fsdp tensor stage slow_axes',
-  'compute': 'microbatch dtype attention remat loss_chunk compiled',
+  'compute': 'microbatch dtype attention remat loss_chunk compiled cache',
   'log': 'progress tensorboard wandb',
 }
 

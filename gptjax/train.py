@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from gptjax import (
@@ -79,6 +80,16 @@ def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
         roll_back(run, workdir, e.rollback)
 
 
+def keep_compiled(cache: str, workdir: epath.Path) -> None:
+  """Keeps what is compiled in a folder, so that the next start need not compile it again."""
+  # A folder that the environment names is meant for more runs than this one.
+  if cache == 'auto' and os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    return
+  folder = str(workdir / 'cache') if cache == 'auto' else cache
+  jax.config.update('jax_compilation_cache_dir', folder or None)
+  compilation_cache.reset_cache()  # of a run in this process before
+
+
 def go_on(
   config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path, since: float
 ) -> None:
@@ -90,6 +101,7 @@ def go_on(
   (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK):
     raise PermissionError('not writable')
+  keep_compiled(config.compute.cache, workdir)
   hosts.meet()
   commit = git_commit()
   saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', run.save_keep, run.save_keep_every)

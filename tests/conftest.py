@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 import hypothesis
@@ -33,6 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
   if not _wants_gpu(config):
     os.environ.update(_cpu(8))
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    # Many tests train the same small model, in one process or another.
+    config.cache_folder = tempfile.TemporaryDirectory(prefix='gptjax-compiled-')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = config.cache_folder.name
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
