@@ -20,6 +20,7 @@ def get_config(size: str = '125m') -> ConfigDict:
   # one; 'one'; or 'address:port,processes,index'.
   c.hosts = 'auto'
   c.seed = 0  # of the weights, the order of the data and dropout
+  c.deterministic = False  # on GPU too the same bits each time, but slower
   c.train_tokens = 300e9  # the length of the run
   c.skip_sequences = ''  # of the stream, to leave out: '1000-1999,5000-5009'; '': none
 
@@ -84,6 +85,9 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.watchdog.seconds = 1800.0  # without a step, when the run says where it is stuck; 0: never
   c.watchdog.ends = False  # and ends, to be started again
 
+  c.check = ConfigDict()
+  c.check.every_tokens = 0.0  # copies of the state compared, a step computed twice more; 0: never
+
   c.mesh = ConfigDict()
   c.mesh.data = -1  # -1: all devices that are left
   c.mesh.fsdp = 1  # splits weights and optimizer over d_model, and the batch
@@ -100,7 +104,7 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.compute.remat = 'dots'  # none, weights, dots or full: from most memory to least
   c.compute.loss_chunk = 512  # positions whose logits are held at a time
   c.compute.compiled = ''  # a step that `gptjax.plan --save` compiled; '': compiled at the start
-  c.compute.cache = 'auto'  # a folder of what was compiled; auto: in the workdir; '': none
+  c.compute.cache = True  # keeps what was compiled, in the workdir
 
   c.log = ConfigDict()
   c.log.progress = True  # a bar, or lines where no terminal is

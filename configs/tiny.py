@@ -9,6 +9,7 @@ def get_config() -> ConfigDict:
   c.workdir = 'runs/tiny'
   c.hosts = 'auto'
   c.seed = 0
+  c.deterministic = False
   c.train_tokens = 1.5e6
   c.skip_sequences = ''
 
@@ -70,6 +71,9 @@ def get_config() -> ConfigDict:
   c.watchdog.seconds = 1800.0
   c.watchdog.ends = False
 
+  c.check = ConfigDict()
+  c.check.every_tokens = 0.0
+
   c.mesh = ConfigDict()
   c.mesh.data = -1
   c.mesh.fsdp = 1
@@ -84,7 +88,7 @@ def get_config() -> ConfigDict:
   c.compute.remat = 'none'
   c.compute.loss_chunk = 128
   c.compute.compiled = ''
-  c.compute.cache = 'auto'
+  c.compute.cache = True
 
   c.log = ConfigDict()
   c.log.progress = True

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from gptjax import checkpoint, files, sharding
 from gptjax.config import Run
@@ -45,6 +46,14 @@ class DoesNotFit(Mistake):
   """The compiler refuses a program that wants more memory than there is."""
 
 
+def fix_order(deterministic: bool) -> None:
+  """Has XLA leave out, if it is wanted, what adds in any order on a GPU, before JAX starts one."""
+  flag = '--xla_gpu_deterministic_ops=true'
+  words = os.environ.get('XLA_FLAGS', '').split()
+  if deterministic and flag not in words:
+    os.environ['XLA_FLAGS'] = ' '.join([*words, flag])
+
+
 def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
   """What to call as `Program.train_step`: from the run's file, or compiled by its first call."""
   return load(run.compiled, run, mesh) if run.compiled else _jitted(run)
@@ -61,8 +70,21 @@ def compile_step(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
     DoesNotFit: where the compiler finds too little memory.
     Mistake: with the compiler's own words, where it refuses for another reason.
   """
-  with jax.set_mesh(mesh), _refusals_told():
+  with jax.set_mesh(mesh), _refusals_told(), _anew():
     return _jitted(run).lower(*abstract_arguments(run)).compile()
+
+
+@contextlib.contextmanager
+def _anew() -> Iterator[None]:
+  """Takes nothing from JAX's cache: a CPU program from there has lost what saving it wants."""
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # it asks once only whether it is wanted
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_compilation_cache', before)
+    compilation_cache.reset_cache()
 
 
 def abstract_arguments(run: Run) -> tuple:

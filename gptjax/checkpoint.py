@@ -31,10 +31,12 @@ POLICY = {
   'eval': FREE,
   'profile': FREE,
   'watchdog': FREE,
+  'check': FREE,
   'resume': FREE,
   'data.sources': FREE,  # folders may move; what is in them is the corpus
   'data.prefetch': FREE,
   'seed': NEVER,
+  'deterministic': FREE,
   'model': NEVER,
   'stability.window': NEVER,  # the shape of what the guard knows
   'model.dropout': RECIPE,

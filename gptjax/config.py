@@ -24,7 +24,7 @@ LAYERS = ('dense', 'banded')
 LARGEST = 2**20  # of a size: what is larger is a slip of the keyboard
 # Every knob of a training config, by group: no other is taken, and none may be left out.
 KNOBS = {
-  '': 'workdir hosts seed train_tokens skip_sequences profile',
+  '': 'workdir hosts seed deterministic train_tokens skip_sequences profile',
   'model': 'n_layers d_model n_heads d_head d_ff context vocab_size pattern window dropout',
   'data': 'sources prefetch',
   'batch': 'sequences ramp_from ramp_step ramp_tokens',
@@ -35,6 +35,7 @@ KNOBS = {
   'resume': 'accept_changes',
   'stability': 'spike window streak rollbacks',
   'watchdog': 'seconds ends',
+  'check': 'every_tokens',
   'mesh': 'data fsdp tensor stage slow_axes',
   'compute': 'microbatch dtype attention remat loss_chunk compiled cache',
   'log': 'progress tensorboard wandb',
@@ -59,6 +60,7 @@ class Run:
   save_keep_every: int  # besides the first at or after each multiple
   save_failures: int  # in a row, at which the run ends
   prefetch: int  # batches made ahead
+  check_every: int  # whether the machine computes right
   profile: range  # step numbers to trace
   skipped: list[range]  # sequences that the config leaves out
   streak: int  # bad steps in a row after which a state is given up
@@ -105,6 +107,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     ('save.keep_every_tokens', config.save.keep_every_tokens, 0),
     ('save.failures', config.save.failures, 1),
     ('watchdog.seconds', config.watchdog.seconds, 0),
+    ('check.every_tokens', config.check.every_tokens, 0),
     ('stability.spike', config.stability.spike, 0),
     ('stability.window', config.stability.window, 2),
     ('stability.streak', config.stability.streak, 1),
@@ -113,6 +116,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     found.keep(_at_least, name, value, least)
   found.keep(check_seed, config.seed)
   profile = found.keep(_profile, config.profile)
+  found.keep(_repeatable, config, devices[0].platform)
   skipped = found.keep(skips.parse, config.skip_sequences)
   raise_all(found.mistakes)
   sequences = lambda tokens: schedule.to_sequences(tokens, shape.context)
@@ -138,6 +142,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     save_keep_every=sequences(config.save.keep_every_tokens),
     save_failures=config.save.failures,
     prefetch=config.data.prefetch,
+    check_every=sequences(config.check.every_tokens),
     profile=profile,
     skipped=skipped,
     streak=config.stability.streak,
@@ -308,6 +313,13 @@ def _microbatch(config, mesh) -> int:
       f'--config.batch.sequences={-(-config.batch.sequences // microbatch) * microbatch}{also}',
     )
   return microbatch
+
+
+def _repeatable(config, platform) -> None:
+  if config.check.every_tokens and platform == 'gpu' and not config.deterministic:
+    got = 'a step to compute twice, whose kernels may add in another order'
+    fix = '--config.deterministic, or --config.check.every_tokens=0.0'
+    raise mistake('check.every_tokens', got, 'the same bits from a machine that is right', fix)
 
 
 def _profile(text) -> range:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gptjax import hosts, metrics, schedule, skips, stability
+from gptjax import corruption, hosts, metrics, schedule, skips, stability
 from gptjax.config import Run
 from gptjax.data import dataset, loader
 from gptjax.data.corpora import Corpora
@@ -44,6 +44,8 @@ class Trainer:
     self.shape = run.program.shape
     self.train_step = train_step
     self.eval_step = jax.jit(run.program.eval_step)
+    self.copies_agree = corruption.comparing()
+    self.repeats = corruption.repeating(run.program.train_step)
     self.windows = corpora.stream(mixed, run.program.seed)
     self.unread = None  # a step, its rate, and its metrics, which may still be being computed
     self.clock = time.perf_counter()  # when the time began that the unread step is charged with
@@ -76,8 +78,15 @@ class Trainer:
     """
     run = self.run
     watchdog.beat('the first step of this start')
+    checked = None  # the last step before which the machine was to be checked
     for step, batch in loader.prefetch(self.batch, steps, run.prefetch):
       self.trace(step)
+      if checked and schedule.due(run.check_every, checked.start, checked.end):
+        self.read()
+        self.copies_agree(state)
+        self.repeats(state, *batch)
+        self.clock = time.perf_counter()
+      checked = step
       state, measured = self.train_step(state, *batch)
       self.read()
       self.unread = step, batch[-1], measured
@@ -86,16 +95,16 @@ class Trainer:
       if last or schedule.due(run.eval_every, step.start, step.end):
         self.read()
         self.validate(state['params'], step)
-      if notice.given:
-        self.ending.ask(step.number, 'SIGTERM')
+      if notice.at:
+        self.ending.ask(step.number, str(notice.at))
       ends = self.ending.due(step.number)
       again = saver.again(step)
       if last or ends or again or schedule.due(run.save_every, step.start, step.end):
         self.read()
         self.save(saver, step, state, last=last or bool(ends))
       if ends and not last:
-        told = f'{ends}: sequence {step.end:,} was saved'
-        raise Preempted(told + f', {notice.seconds:.1f} s after it came' * notice.given)
+        seconds = time.time() - float(ends)
+        raise Preempted(f'SIGTERM: sequence {step.end:,} was saved {seconds:.1f} s after it came')
     self.trace(None)
 
   def save(self, saver: Saver, step: schedule.Step, state: dict, *, last: bool) -> None:

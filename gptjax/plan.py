@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from gptjax import ahead, cost, flags, machines, memory, plan_table, search, sharding
 from gptjax.ahead import DoesNotFit
-from gptjax.config import Run, resolve
+from gptjax.config import Run, check_knobs, resolve
 from gptjax.cost import Plan
 from gptjax.errors import mistake, told_as
 from gptjax.machines import Machine
@@ -45,6 +45,8 @@ def main(config: ConfigDict, options: argparse.Namespace) -> None:
     path = getattr(options, name)
     if path and not pathlib.Path(path).absolute().parent.is_dir():
       raise mistake(f'--{name}', path, 'a file in a folder that is there', f'another --{name}')
+  check_knobs(config)
+  ahead.fix_order(config.deterministic)
   jax.config.update('jax_platforms', 'cpu')  # whatever else is there only compiles
   machine = machines.find(options.topology)
   try:

@@ -79,8 +79,10 @@ def _estimate(plan: Plan) -> Iterator[str]:
   tokens = run.ramp.total * run.program.shape.context
   hours = len(plan.machine.devices) / 3600
   between = f' and {(chip.slow or math.nan) / 1e9:,.1f} between nodes' * bool(run.across)
-  yield 'Estimate, no measurement: at best the longest of three takes all time, at the rates of the'
-  yield 'data sheet'
+  yield (
+    'Estimate, no measurement: at best the longest of three takes all time, at the rates of the '
+    'data sheet'
+  )
   yield f'  compute        {step.compute:12.3f} s at {plan.peak / 1e12:,.0f} TFLOP/s'
   yield f'  memory         {step.memory:12.3f} s at {chip.bandwidth / 1e9:,.0f} GB/s'
   yield f'  network        {step.network:12.3f} s at {chip.fast / 1e9:,.0f} GB/s{between}'

@@ -18,19 +18,10 @@ class Notice:
   """Whether SIGTERM came, and when."""
 
   def __init__(self):
-    self.at: float | None = None
-
-  @property
-  def given(self) -> bool:
-    return self.at is not None
-
-  @property
-  def seconds(self) -> float:
-    """Since it came; 0 in a process that heard of it from another."""
-    return time.monotonic() - self.at if self.given else 0.0
+    self.at: float | None = None  # of `time.time`, which other machines know too
 
   def _hear(self, *_) -> None:
-    self.at = time.monotonic()
+    self.at = time.time()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     told = 'SIGTERM: saving after the step that runs; once more ends at once'
     print(told, file=sys.stderr, flush=True)

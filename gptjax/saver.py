@@ -53,6 +53,7 @@ class Saver:
         self._retry = False
         if last:
           self._checkpoints.wait()
+          hosts.meet()  # who ends first may take the others with it
         break
       except Mistake as e:
         if jax.process_count() > 1:  # the others wait for this one

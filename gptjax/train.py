@@ -34,6 +34,7 @@ from gptjax.data import tokenizer
 from gptjax.data.corpora import Corpora, open_all
 from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import mistake, told_as
+from gptjax.lease import Lease
 from gptjax.loop import GivenUp, Trainer
 from gptjax.saver import Saver
 from gptjax.watchdog import Watchdog
@@ -44,18 +45,22 @@ SMALLER = 'more devices with --config.mesh.fsdp, or a smaller model'
 def main(config: ConfigDict) -> None:
   """Trains to `train_tokens`, from the last checkpoint in the workdir if there is one."""
   check_knobs(config)
+  ahead.fix_order(config.deterministic)
   found = hosts.join(config.hosts)
   with told_as('devices', 'one that JAX finds', 'another JAX_PLATFORMS', RuntimeError):
     devices = jax.devices()
   if found:
     hosts.say(f'hosts    {jax.process_count()}, {found}')
-  try:
-    with hosts.leaving_at_once():
+  code = 0
+  with hosts.leaving_at_once():
+    try:
       train(config, devices)
-  except preemption.Preempted as e:
-    if hosts.first():
-      print(f'ended    {e}; the same command goes on from there', file=sys.stderr, flush=True)
-    raise SystemExit(preemption.AGAIN) from None
+    except preemption.Preempted as e:
+      code = preemption.AGAIN
+      if hosts.first():
+        print(f'ended    {e}; the same command goes on from there', file=sys.stderr, flush=True)
+  if code:
+    sys.exit(code)
 
 
 def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
@@ -72,21 +77,21 @@ def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
   wanted, fix = 'a folder to make and write in', 'more room, or --config.workdir=runs/…'
   with told_as(f'workdir {workdir}', wanted, fix, OSError):
     since = time.perf_counter() - metrics.process_seconds()
-    while True:
-      try:
-        return go_on(config, run, corpora, workdir, since)
-      except GivenUp as e:
-        since = time.perf_counter()
-        roll_back(run, workdir, e.rollback)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with Lease(workdir, enabled=hosts.first()):
+      while True:
+        try:
+          return go_on(config, run, corpora, workdir, since)
+        except GivenUp as e:
+          since = time.perf_counter()
+          roll_back(run, workdir, e.rollback)
 
 
-def keep_compiled(cache: str, workdir: epath.Path) -> None:
-  """Keeps what is compiled in a folder, so that the next start need not compile it again."""
+def keep_compiled(wanted: bool, workdir: epath.Path) -> None:
+  """Keeps what is compiled in the workdir, so that the next start need not compile it again."""
   # A folder that the environment names is meant for more runs than this one.
-  if cache == 'auto' and os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-    return
-  folder = str(workdir / 'cache') if cache == 'auto' else cache
-  jax.config.update('jax_compilation_cache_dir', folder or None)
+  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(workdir / 'cache')
+  jax.config.update('jax_compilation_cache_dir', folder if wanted else None)
   compilation_cache.reset_cache()  # of a run in this process before
 
 

@@ -3,7 +3,8 @@
 #
 #   launch/local_processes.sh [--dry-run] PROCESSES DEVICES --config=… [any flag of gptjax.train]
 #
-# Names the process that dies first, and ends the others. PYTHON names the interpreter.
+# Names the process that dies first, and ends the others. After SIGTERM it ends with 75 when all is
+# saved, to be started again. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -37,12 +38,13 @@ stop() {
     end_all
   else
     stopped=$1
-    kill -INT "${pids[@]}" 2>/dev/null || true
+    kill "-$2" "${pids[@]}" 2>/dev/null || true
   fi
 }
 trap end_all EXIT
-trap 'stop 130' INT
-trap 'stop 143' TERM HUP
+trap 'stop 130 INT' INT
+trap 'stop 143 INT' HUP
+trap 'stop 143 TERM' TERM
 
 for ((i = 0; i < processes; i++)); do
   command=("$PYTHON" -m gptjax.train "$@" "--config.hosts=127.0.0.1:$port,$processes,$i")
@@ -67,6 +69,8 @@ while [ "$left" -gt 0 ]; do
     continue
   fi
   left=$((left - 1))
+  # They saved, and want to be started again: so does this.
+  [ "$code" != 75 ] || stopped=75
   if [ "$code" != 0 ] && [ -z "$stopped" ]; then
     for i in "${!pids[@]}"; do
       [ "${pids[$i]}" != "$ended" ] || echo "process $i ended first, with code $code" >&2

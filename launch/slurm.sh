@@ -10,13 +10,14 @@
 #
 # Submits itself; the log is runs/slurm-JOB.log. In a job that is there (salloc) it trains at once.
 # Where a node fails or the job is preempted, SLURM starts it again, and it goes on from its last
-# checkpoint. Wants this repository, the workdir, the corpora and an environment with gptjax and a
+# checkpoint; two minutes before the job's time is over it saves, and is queued again. Wants this repository, the workdir, the corpora and an environment with gptjax and a
 # JAX for the GPU in folders that all nodes see; PYTHON names the interpreter.
 #SBATCH --job-name=gptjax
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --requeue
+#SBATCH --signal=TERM@120
 #SBATCH --open-mode=append
 set -euo pipefail
 # SLURM runs a copy of this file that lies elsewhere, in the folder where sbatch was.
@@ -54,4 +55,8 @@ if [ "$dry" ]; then
   echo
   exit
 fi
-exec "${command[@]}"
+code=0
+"${command[@]}" || code=$?
+# It saved, and asks to be started again.
+[ "$code" != 75 ] || scontrol requeue "$SLURM_JOB_ID"
+exit "$code"

@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Many tests train the same small model, in one process or another.
     config.cache_folder = tempfile.TemporaryDirectory(prefix='gptjax-compiled-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = config.cache_folder.name
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 """A step from a file is the step, and a file that was made from anything else is refused."""
 
 import json
+import os
 import re
 
 import jax
@@ -100,6 +101,15 @@ def test_other_code_versions_flags_or_devices_are_refused(one, monkeypatch):
   turned = sharding.make_mesh(**run.mesh, devices=jax.devices()[::-1])
   with pytest.raises(Mistake, match=r'devices in order \[0, 1, .*, wanted devices in order \[7, 6'):
     ahead.load(str(path), run, turned)
+
+
+def test_one_order_of_sums_is_a_flag_that_is_asked_for_once(monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '--a=1')
+  ahead.fix_order(False)
+  assert os.environ['XLA_FLAGS'] == '--a=1'
+  for _ in range(2):
+    ahead.fix_order(True)
+    assert os.environ['XLA_FLAGS'] == '--a=1 --xla_gpu_deterministic_ops=true'
 
 
 def test_every_file_of_the_code_is_in_its_hash(tmp_path, monkeypatch):

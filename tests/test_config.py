@@ -201,6 +201,11 @@ def test_a_run_is_what_the_knobs_say():
     ({'adamw__clip_norm': 0.0}, 'clip_norm'),
     ({'profile': '3'}, 'profile: got 3'),
     ({'save__keep': 0}, 'save.keep: got 0'),
+    ({'save__failures': 0}, 'save.failures: got 0'),
+    ({'stability__window': 1}, 'stability.window: got 1'),
+    ({'stability__spike': -1.0}, 'stability.spike: got -1.0'),
+    ({'skip_sequences': '9-5'}, 'skip_sequences: got 9-5, wanted first-last'),
+    ({'watchdog__seconds': -1.0}, 'watchdog.seconds: got -1.0'),
     ({'seed': -1}, 'seed: got -1'),
     ({'data__sources': 'a=-1'}, 'data.sources: got a=-1'),
     ({'seed': 2**32}, 'seed: got 4294967296, wanted less than'),
@@ -249,6 +254,15 @@ def test_what_a_kernel_cannot_do_is_told_with_all_other_mistakes():
     assert told in str(e.value)
   config.compute.attention, config.save.keep = 'chunked', 1
   assert resolve(config, devices).program.numerics.attend.__name__ == 'chunked'
+
+
+def test_a_step_is_computed_twice_only_where_it_comes_out_the_same():
+  devices = [small.Device('gpu', 'NVIDIA H100 80GB HBM3', '9.0')]
+  twice = {'check__every_tokens': 1e6}
+  with pytest.raises(Mistake, match='check.every_tokens: got .*try --config.deterministic, or'):
+    resolve(changed(**twice), devices)
+  assert resolve(changed(deterministic=True, **twice), devices).check_every == 3906
+  assert resolve(changed(**twice), jax.devices()).check_every == 3906
 
 
 def test_profile_names_steps():

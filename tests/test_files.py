@@ -1,6 +1,6 @@
 """A file is whole or as it was."""
 
-import pathlib
+import os
 
 import pytest
 
@@ -17,13 +17,12 @@ def test_a_file_holds_what_was_written(tmp_path, data):
 
 def test_dying_while_writing_leaves_the_file_before(tmp_path, monkeypatch):
   (tmp_path / 'a').write_text('before')
-  write = pathlib.Path.write_bytes
 
-  def half(path, data):
-    write(path, data[: len(data) // 2])
+  def half(descriptor):
+    os.truncate(descriptor, 3)
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(pathlib.Path, 'write_bytes', half)
+  monkeypatch.setattr(os, 'fsync', half)
   with pytest.raises(KeyboardInterrupt):
     files.write_whole(tmp_path / 'a', 'after')
   assert (tmp_path / 'a').read_text() == 'before'

@@ -93,7 +93,7 @@ def test_a_process_that_dies_is_named_and_a_relaunch_goes_on(corpus, tmp_path, t
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'name, twice, code',
-  [('SIGINT', False, 130), ('SIGTERM', False, 143), ('SIGHUP', False, 143), ('SIGINT', True, 130)],
+  [('SIGINT', False, 130), ('SIGTERM', False, 75), ('SIGHUP', False, 143), ('SIGINT', True, 130)],
 )
 def test_a_launcher_that_is_stopped_leaves_nobody_behind(
   corpus, tmp_path, together, name, twice, code
@@ -107,7 +107,9 @@ def test_a_launcher_that_is_stopped_leaves_nobody_behind(
     process.send_signal(getattr(signal, name))
   _, err = finished(process, code=code, timeout=60)
   assert not psutil.wait_procs(ranks, timeout=5)[1]
-  if not twice:
+  if name == 'SIGTERM':
+    assert 'ended    SIGTERM: sequence ' in err and 'the same command goes on from there' in err
+  elif not twice:
     assert 'stopped; the same command goes on from ' in err and 'interrupted' in err
   assert 'ended first' not in err
 
@@ -119,13 +121,21 @@ def wait_for_steps(workdir, process):
     time.sleep(0.02)
 
 
-def test_sigterm_ends_a_process_and_the_others_follow(corpus, tmp_path, together):
-  process = together(2, 1, args(tmp_path, corpus, mesh__fsdp=2, train_tokens=1e6))
-  wait_for_steps(tmp_path, process)
+def test_after_sigterm_to_one_process_all_save_the_same_step_and_go_on(corpus, tmp_path, together):
+  settings = {'mesh__fsdp': 2, 'train_tokens': 6144.0}
+  finished(together(2, 1, args(tmp_path / 'straight', corpus, **settings)))
+  process = together(2, 1, args(tmp_path / 'run', corpus, **settings))
+  wait_for_steps(tmp_path / 'run', process)
   ranks = psutil.Process(process.pid).children()
-  ranks[0].terminate()
-  _, err = finished(process, code=143, timeout=30)
-  assert 'ended first, with code 143' in err and not psutil.wait_procs(ranks, timeout=5)[1]
+  ranks[1].terminate()
+  _, err = finished(process, code=75, timeout=60)
+  assert err.count('ended    SIGTERM: sequence ') == 1 and 'ended first' not in err
+  assert not psutil.wait_procs(ranks, timeout=5)[1]
+  last = records(tmp_path / 'run')[-1]['sequences']
+  assert f'sequence {last} was saved' in err and last < 192
+  out, _ = finished(together(2, 1, args(tmp_path / 'run', corpus, **settings)))
+  assert f'start    sequence {last}, step ' in out
+  assert records(tmp_path / 'run') == records(tmp_path / 'straight')
 
 
 @pytest.mark.parametrize('wrong', [0, 1])
@@ -235,3 +245,13 @@ with errors.told_plainly():
 """
   done = run_python(code, timeout=120, code=2)
   assert "error: hosts '127.0.0.1:" in done.stderr and 'not all there after 3 s' in done.stderr
+
+
+def test_what_is_asked_for_is_done_once_after_the_step():
+  assert hosts.all_say('a') == ['a']
+  request = hosts.Request('something')
+  assert request.due(1) == ''
+  request.ask(3, 'because')
+  assert [request.due(step) for step in (2, 3, 4)] == ['', 'because', '']
+  request.ask(5, 'again')
+  assert request.due(9) == 'again' and request.due(10) == ''

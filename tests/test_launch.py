@@ -248,6 +248,7 @@ def test_slurm_starts_one_process_a_node_and_starts_it_again():
   head, _ = (ROOT / 'launch' / 'slurm.sh').read_text().split('set -euo')  # sbatch reads no further
   flags = {line.removeprefix('#SBATCH ') for line in head.splitlines()}
   assert {'--ntasks-per-node=1', '--gpus-per-node=8', '--requeue', '--open-mode=append'} <= flags
+  assert '--signal=TERM@120' in flags
 
 
 def test_a_job_of_slurm_trains_on_all_gpus_of_a_node(fake, tmp_path):
@@ -263,6 +264,10 @@ def test_a_job_of_slurm_trains_on_all_gpus_of_a_node(fake, tmp_path):
   assert (folder / 'calls').read_text().split() == ['--kill-on-bad-exit=1', '--cpu-bind=none']
   trained = (folder / 'trained').read_text().splitlines()
   assert trained == ['-m', 'gptjax.train', *TRAIN, '--config.hosts=auto']
+  (folder / 'scontrol').write_text(f'#!/bin/sh\necho "$@" >{folder}/asked\n')
+  (folder / 'scontrol').chmod(0o755)
+  assert job(ROOT, TRAIN_CODE='75').returncode == 75
+  assert (folder / 'asked').read_text() == 'requeue 7\n'
   done = job(ROOT, SLURM_GPUS_ON_NODE='')
   assert done.returncode == 2 and 'got a job without GPUs' in done.stderr
   done = job(tmp_path)

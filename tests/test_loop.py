@@ -94,19 +94,25 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_covers_them(corpus, tmp_
   assert told[1::2] == ['save'] * (len(told) // 2)
 
 
+COUNT = """
+import jax, runpy
+hits = []
+heard = lambda name, **_: hits.append(name) if 'cache_hits' in name else None
+jax.monitoring.register_event_listener(heard)
+runpy.run_module('gptjax.train', run_name='__main__')
+print('found', len(hits))
+"""
+
+
 def test_a_restart_finds_what_was_compiled(corpus, tmp_path, monkeypatch, run_python):
-  """In the workdir, or where the config says; and trains the same."""
+  """In the workdir, where nothing of it is if it is not wanted."""
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
-  count = 'import jax, runpy, sys; hits = []\njax.monitoring.register_event_listener('
-  count += "lambda name, **_: hits.append(name) if 'cache_hits' in name else None)\n"
-  count += "runpy.run_module('gptjax.train', run_name='__main__')\nprint(len(hits), 'found')"
-  elsewhere = str(tmp_path / 'elsewhere')
-  for name, cache, folder in (('a', 'auto', 'a/cache'), ('b', elsewhere, 'elsewhere')):
-    flags = {'compute__cache': cache, 'resume__accept_changes': True}
-    for tokens, found in ((512.0, False), (1024.0, True)):
-      given = args(tmp_path / name, corpus, train_tokens=tokens, **flags)
-      told = run_python(['-c', count, *given[2:]], timeout=100).stdout
-      assert (int(told.split(' found')[0].split()[-1]) > 0) == found
-    assert [p for p in (tmp_path / folder).iterdir() if 'train_step' in p.name]
-  assert not (tmp_path / 'b' / 'cache').exists()
+  for name, wanted in (('a', True), ('b', False)):
+    for tokens, again in ((512.0, False), (1024.0, True)):
+      settings = {'train_tokens': tokens, 'resume__accept_changes': True, 'compute__cache': wanted}
+      flags = args(tmp_path / name, corpus, **settings)[2:]
+      told = run_python(['-c', COUNT, *flags], timeout=100).stdout
+      assert (int(told.split('found ')[1]) > 0) == (wanted and again)
+    kept = [*(tmp_path / name).glob('cache/jit_train_step*')]
+    assert bool(kept) == wanted
   assert records(tmp_path / 'b') == records(tmp_path / 'a')

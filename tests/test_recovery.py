@@ -1,16 +1,20 @@
 """What a run does when something breaks: it ends as if nothing had, or says why it cannot."""
 
 import json
+import random
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks import chaos
 from gptjax import checkpoint, skips, train
 from gptjax.config import resolve
 from gptjax.errors import Mistake
 from tests import small
-from tests.runs import config, records
+from tests.conftest import DEVICES, FAST
+from tests.runs import args, config, records
 
 NAN = float('nan')
 # Steps of 24 sequences from 64 on, saved and judged often.
@@ -135,3 +139,45 @@ def test_a_skip_is_part_of_the_recipe(corpus, tmp_path):
   run(tmp_path, corpus, train_tokens=24 * 4 * 32.0)
   with pytest.raises(Mistake, match='skip_sequences'):
     run(tmp_path, corpus, train_tokens=24 * 4 * 32.0, skip_sequences='200-300')
+
+
+def endure(corpus, folder, kills, seed):
+  """What kills hit in a run, after which nothing is different."""
+  stormy = {
+    'eval__every_tokens': 24 * 5 * 32.0,
+    'eval__sequences': 200,
+    'save__every_tokens': 24 * 2 * 32.0,
+    'mesh__data': 1,
+    'train_tokens': 24 * 16.0 * 32 * (2 + kills),
+    'lr__decay_tokens': 1e6,
+  }
+  one = f'XLA_FLAGS={DEVICES}=1 {FAST}=0'
+  trained = lambda workdir: args(workdir, corpus, **SETTINGS | stormy)
+  command = lambda workdir: ['env', one, sys.executable, *trained(workdir)]
+  run = resolve(config(folder, corpus, **SETTINGS | stormy), jax.devices()[:1])
+  chaos.Storm(command(folder / 'calm'), folder / 'calm', run, seed).calm()
+  print('seed', seed)
+  hit = chaos.weather(command, folder, run, kills, seed, print)
+  assert chaos.differences(folder / 'calm', folder / 'stormy', run) == []
+  return hit
+
+
+def test_a_run_killed_at_random_moments_is_the_run_that_was_not(corpus, tmp_path):
+  assert len(endure(corpus, tmp_path, kills=3, seed=random.randrange(2**32))) == 3
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_is_the_run_that_was_not(corpus, tmp_path):
+  hit = endure(corpus, tmp_path, kills=20, seed=random.randrange(2**32))
+  assert len(hit) == 20 and len(set(hit)) > 2
+  starts = [r for r in records(tmp_path / 'stormy', 'start') if r['sequences']]
+  assert starts  # some of it went on from a checkpoint
+
+
+def test_a_storm_sees_what_is_different(corpus, tmp_path):
+  run_ = resolve(config(tmp_path, corpus, **SETTINGS), jax.devices())
+  for name, rate in (('a', 1e-2), ('b', 1.1e-2)):
+    run(tmp_path / name, corpus, lr__peak=rate, train_tokens=24 * 3 * 32.0)
+  found = chaos.differences(tmp_path / 'a', tmp_path / 'b', run_)
+  assert '3 and 3 records of kind train' in found and "['params']['embed']" in found
+  assert chaos.differences(tmp_path / 'a', tmp_path / 'a', run_) == []

@@ -17,7 +17,7 @@ def described(config, start=0, taken=0, **changed):
   run = dataclasses.replace(resolve(config, jax.devices()), **changed)
   opened = corpora.open_all(config.data.sources, run.program.shape)
   mesh = sharding.make_mesh(**run.mesh)
-  return summary.describe(run, mesh, opened, Mixture([Stage(0, opened.stage)]), start, taken)
+  return summary.describe(run, mesh, opened, Mixture([Stage(0, opened.stage)]), start, taken, ())
 
 
 @pytest.mark.parametrize(

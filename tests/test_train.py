@@ -499,28 +499,3 @@ def test_tiny_learns_more_of_the_standard_library_than_its_unigrams(tmp_path, ru
   run_python(['-m', 'gptjax.train', '--config=configs/tiny.py', *flags], timeout=600)
   (baseline,) = records(workdir, 'baseline')
   assert records(workdir, 'validation')[-1]['loss'] < baseline['loss'] - 0.5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('seed', range(3))
-def test_run_killed_at_random_moments_is_the_run_that_was_not(
-  straight, corpus, tmp_path, start_python, run_python, seed
-):
-  workdir, _ = straight
-  random = np.random.default_rng(seed)
-  path, kills = tmp_path / 'metrics.jsonl', []
-  count = lambda: len(path.read_bytes().splitlines()) if path.exists() else 0
-  for _ in range(4):
-    target = count() + random.integers(1, 12)  # records: in a step, a save or a validation
-    process = start_python(args(tmp_path, corpus))
-    while process.poll() is None and count() < target:
-      time.sleep(random.uniform(0, 0.05))
-    process.kill()
-    kills.append(process.wait())
-  assert -signal.SIGKILL in kills
-  run_python(args(tmp_path, corpus), timeout=300)
-  starts = [start['sequences'] for start in state_of(tmp_path)[1]['starts']]
-  assert any(starts)  # some of it went on from a checkpoint
-  assert records(tmp_path) == records(workdir)
-  assert records(tmp_path, 'validation') == records(workdir, 'validation')
-  jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path)[0], state_of(workdir)[0])

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from gptjax.data import features as class_names
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import Mistake, mistake, raise_all, told_as
 
@@ -147,6 +148,7 @@ class Windows:
   def __init__(self, folder: str, split: str):
     self._folder, self._split = str(folder), split
     with told_as(f'corpus {folder!r}', 'a TFDS dataset', AGAIN, Exception):
+      class_names.check(folder)
       builder = tfds.builder_from_directory(folder)
       self._source = builder.as_data_source(split)
       tokens = builder.info.features['tokens']

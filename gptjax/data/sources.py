@@ -22,6 +22,7 @@ import zstandard
 from array_record.python import array_record_module
 from etils import epath
 
+from gptjax.data import features as class_names
 from gptjax.data import token_files
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import Mistake, mistake, raise_all, told_as
@@ -304,6 +305,7 @@ def _read_parquet(source: Source, file: str) -> Iterator[tuple[str, Any]]:
 def _read_tfds(source: Source, file: str) -> Iterator[tuple[str, Any]]:
   wanted, fix = 'a TFDS dataset in array_record', 'another --config.source'
   with told_as(file, wanted, fix, Exception):
+    class_names.check(epath.Path(file).parent)
     features = tfds.features.FeaturesDict.from_config(str(epath.Path(file).parent))
     if source.text_column not in features:
       detail = _no_column(source.text_column, features.keys())

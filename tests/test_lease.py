@@ -1,0 +1,115 @@
+"""Of two runs in one workdir the second is refused, and a dead one is in nobody's way."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from gptjax import lease
+from gptjax.errors import Mistake
+from gptjax.lease import Lease
+from tests.runs import args, records
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  monkeypatch.setattr(lease, 'RENEWED', 0.05)
+  monkeypatch.setattr(lease, 'EXPIRES', 0.5)
+
+
+def held(workdir):
+  return json.loads((workdir / lease.FILE).read_text())
+
+
+def elsewhere(holder):
+  return holder | {'where': ['other', 'boot', 'pid:[1]']}
+
+
+def test_it_is_held_renewed_and_given_back(tmp_path):
+  with Lease(tmp_path):
+    first = held(tmp_path)
+    assert first['pid'] == os.getpid()
+    while held(tmp_path)['renewed'] < first['renewed'] + 2:
+      time.sleep(0.01)
+    with pytest.raises(Mistake, match=f'process {os.getpid()} on .* trains, wanted one run'):
+      Lease(tmp_path).__enter__()
+  assert not (tmp_path / lease.FILE).exists()
+  with Lease(tmp_path, enabled=False):
+    assert not (tmp_path / lease.FILE).exists()
+
+
+def test_a_holder_on_this_machine_that_is_dead_is_not_waited_for(tmp_path, run_python, monkeypatch):
+  take = 'from gptjax.lease import Lease; Lease(sys.argv[1]).__enter__()'
+  run_python(['-c', f'import os, sys; {take}; os._exit(0)', tmp_path], timeout=60)
+  monkeypatch.setattr(lease, 'EXPIRES', 1e9)
+  assert held(tmp_path)['pid'] != os.getpid()
+  with Lease(tmp_path):
+    assert held(tmp_path)['pid'] == os.getpid()
+    # A process number that came again is another process.
+    assert lease._dead(held(tmp_path) | {'began': '1'}) and not lease._dead(held(tmp_path))
+
+
+def test_one_on_another_machine_is_waited_for_as_long_as_it_may_take(tmp_path):
+  (tmp_path / lease.FILE).write_text(json.dumps(elsewhere(Lease(tmp_path)._me)))
+  start = time.monotonic()
+  with Lease(tmp_path):
+    assert time.monotonic() - start >= 0.5
+  other = elsewhere(Lease(tmp_path)._me)
+  stop = threading.Event()
+
+  def live():
+    for i in range(1000):
+      lease.files.write_whole(tmp_path / lease.FILE, json.dumps(other | {'renewed': i}))
+      if stop.wait(0.02):
+        return
+
+  thread = threading.Thread(target=live)
+  thread.start()
+  while not (tmp_path / lease.FILE).exists():
+    time.sleep(0.001)
+  with pytest.raises(Mistake, match='on other trains'):
+    Lease(tmp_path).__enter__()
+  stop.set()
+  thread.join()
+
+
+def test_a_file_that_was_cut_is_none(tmp_path):
+  (tmp_path / lease.FILE).write_text('{"id"')
+  with Lease(tmp_path):
+    assert held(tmp_path)['pid'] == os.getpid()
+
+
+LOST = """
+import json, pathlib, sys, time
+from gptjax import lease
+lease.RENEWED = 0.05
+path = pathlib.Path(sys.argv[1]) / lease.FILE
+with lease.Lease(sys.argv[1]):
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'id': 'another'}))
+  time.sleep(30)
+"""
+
+
+def test_who_lost_it_ends_at_once(tmp_path, run_python):
+  done = run_python(['-c', LOST, tmp_path], timeout=60, code=1)
+  assert 'it took over, as this one seemed dead' in done.stderr
+
+
+def test_a_second_run_is_refused_and_one_after_a_kill_goes_on(
+  straight, corpus, tmp_path, start_python, run_python
+):
+  first = start_python(args(tmp_path, corpus, train_tokens=1e6))
+  path = tmp_path / 'metrics.jsonl'
+  while first.poll() is None and not (path.exists() and len(path.read_bytes().splitlines()) > 3):
+    time.sleep(0.01)
+  told = run_python(args(tmp_path, corpus, train_tokens=1e6), timeout=60, code=2).stderr
+  assert f'process {first.pid} on ' in told and 'another workdir' in told
+  assert first.poll() is None
+  first.send_signal(signal.SIGKILL)
+  first.communicate()
+  run_python(args(tmp_path, corpus, resume__accept_changes=True), timeout=200)
+  # The rest of the run had another length.
+  assert records(tmp_path)[:15] == records(straight[0])[:15]
