@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from gptjax import hosts, train
+from gptjax import checkpoint, hosts, train
 from gptjax.errors import Mistake
 from tests.conftest import ROOT
 from tests.runs import args, config, records
@@ -121,21 +121,35 @@ def wait_for_steps(workdir, process):
     time.sleep(0.02)
 
 
-def test_after_sigterm_to_one_process_all_save_the_same_step_and_go_on(corpus, tmp_path, together):
-  settings = {'mesh__fsdp': 2, 'train_tokens': 6144.0}
-  finished(together(2, 1, args(tmp_path / 'straight', corpus, **settings)))
-  process = together(2, 1, args(tmp_path / 'run', corpus, **settings))
-  wait_for_steps(tmp_path / 'run', process)
+def test_after_sigterm_to_one_process_all_save_the_same_step(corpus, tmp_path, together):
+  last = terminated(tmp_path, corpus, together)
+  assert checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=9).newest_whole() == last
+
+
+@pytest.mark.slow
+def test_and_the_same_command_goes_on_to_the_same_bits(corpus, tmp_path, together):
+  finished(together(2, 1, args(tmp_path / 'straight', corpus, **LONG)))
+  last = terminated(tmp_path / 'run', corpus, together)
+  out, _ = finished(together(2, 1, args(tmp_path / 'run', corpus, **LONG)))
+  assert f'start    sequence {last}, step ' in out
+  assert records(tmp_path / 'run') == records(tmp_path / 'straight')
+
+
+LONG = {'mesh__fsdp': 2, 'train_tokens': 6144.0}
+
+
+def terminated(workdir, corpus, together):
+  """The sequence at which two processes saved, of which one heard SIGTERM."""
+  process = together(2, 1, args(workdir, corpus, **LONG))
+  wait_for_steps(workdir, process)
   ranks = psutil.Process(process.pid).children()
   ranks[1].terminate()
   _, err = finished(process, code=75, timeout=60)
   assert err.count('ended    SIGTERM: sequence ') == 1 and 'ended first' not in err
   assert not psutil.wait_procs(ranks, timeout=5)[1]
-  last = records(tmp_path / 'run')[-1]['sequences']
+  last = records(workdir)[-1]['sequences']
   assert f'sequence {last} was saved' in err and last < 192
-  out, _ = finished(together(2, 1, args(tmp_path / 'run', corpus, **settings)))
-  assert f'start    sequence {last}, step ' in out
-  assert records(tmp_path / 'run') == records(tmp_path / 'straight')
+  return last
 
 
 @pytest.mark.parametrize('wrong', [0, 1])
