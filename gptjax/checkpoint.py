@@ -107,7 +107,8 @@ class Checkpoints:
     to = next(
       path for path in (aside / f'{sequences}.{i}' for i in itertools.count()) if not path.exists()
     )
-    hosts.say(f'DAMAGED  checkpoint {sequences:,}: {why}; it is now {aside.name}/{to.name}')
+    told = 'aside   ' if why.endswith(integrity.UNFINISHED) else 'DAMAGED '
+    hosts.say(f'{told} checkpoint {sequences:,}: {why}; it is now {aside.name}/{to.name}')
     hosts.meet()  # all have looked
     if hosts.first():
       aside.mkdir(parents=True, exist_ok=True)

@@ -159,6 +159,8 @@ def go_on(
       restoring = time.perf_counter()
       if start:
         state = checkpoints.restore(start, run.program.abstract_state())
+        if changed or stages[-1].start == start:  # what was usual is so no more
+          state |= {'health': jax.jit(run.program.guard.init)()}
       else:
         with told_as('memory', 'enough for the state', SMALLER, jax.errors.JaxRuntimeError):
           state = jax.jit(lambda: run.program.init(jax.random.key(config.seed)))()

@@ -181,3 +181,12 @@ def test_a_storm_sees_what_is_different(corpus, tmp_path):
   found = chaos.differences(tmp_path / 'a', tmp_path / 'b', run_)
   assert '3 and 3 records of kind train' in found and "['params']['embed']" in found
   assert chaos.differences(tmp_path / 'a', tmp_path / 'a', run_) == []
+
+
+def test_another_recipe_is_judged_anew(corpus, tmp_path):
+  """A rate that is too high is the user's wish, and its higher loss no spike of the old one."""
+  part = {'train_tokens': 24 * 9 * 32.0}
+  run(tmp_path, corpus, **part)
+  assert end_of(tmp_path, corpus)[1]['health']['good'] == 9
+  run(tmp_path, corpus, lr__peak=2e-2, resume__accept_changes=True)
+  assert end_of(tmp_path, corpus)[1]['health']['good'] == 11
