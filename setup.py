@@ -39,6 +39,7 @@ setuptools.setup(
       'jax-cuda12-pjrt',
       'jax-cuda12-plugin',
       'nvidia-cuda-nvcc-cu12',
+      'nvidia-cuda-runtime-cu12',
       'nvidia-cudnn-cu12',
     ],
     'plan-tpu': ['jax[tpu]'],

@@ -26,6 +26,8 @@ from gptjax.data import dataset
 from gptjax.errors import Mistake, mistake, told_as
 
 KIND = 'a training step of gptjax, 1'
+# Of JAX, that change what is traced.
+SETTINGS = ('jax_default_matmul_precision', 'jax_enable_x64', 'jax_default_prng_impl')
 # What compiles, or runs what was compiled: for all platforms, and for each.
 PACKAGES = {
   '': ('jax', 'jaxlib', 'flax', 'optax'),
@@ -155,6 +157,7 @@ def load(path: str, run: Run, mesh: jax.sharding.Mesh) -> Callable:
   with told_as(what, wanted, fix, OSError, ValueError, KeyError, TypeError):
     line, payload = epath.Path(path).read_bytes().split(b'\n', 1)
     head = json.loads(line)
+    metrics = dict.fromkeys(head['metrics'], 0)
     if head['kind'] != KIND:
       raise mistake(what, head['kind'], KIND, fix)
     if hashlib.sha256(payload).hexdigest() != head['sha256']:
@@ -167,7 +170,7 @@ def load(path: str, run: Run, mesh: jax.sharding.Mesh) -> Callable:
   with jax.set_mesh(mesh):
     arguments = abstract_arguments(run)
   in_tree = jax.tree.structure((arguments, {}))
-  out_tree = jax.tree.structure((arguments[0], dict.fromkeys(head['metrics'], 0)))
+  out_tree = jax.tree.structure((arguments[0], metrics))
   devices = [*mesh.devices.flat]
   with told_as(what, 'a step that this machine can load', fix, Exception):
     return serialize_executable.deserialize_and_load(
@@ -182,6 +185,7 @@ def made_from(run: Run, mesh: jax.sharding.Mesh) -> dict[str, object]:
   recipe = {
     'model': dataclasses.asdict(program.shape),
     'adamw': dataclasses.asdict(program.optimizer),
+    'stability': dataclasses.asdict(program.guard),
     'numerics': dataclasses.asdict(program.numerics)
     | {'dtype': program.numerics.dtype.name, 'attend': program.numerics.attend.__name__},
     'loss_chunk': program.loss_chunk,
@@ -194,6 +198,7 @@ def made_from(run: Run, mesh: jax.sharding.Mesh) -> dict[str, object]:
     'code': _code(),
     'version': {name: _version(name) for name in (*PACKAGES[''], *PACKAGES[platform])},
     'flags': {name: _flags(name) for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')},
+    'jax': {name: str(getattr(jax.config, name)) for name in SETTINGS},
   }
   return checkpoint.flatten(recipe)
 

@@ -109,7 +109,7 @@ def plan_for(run: Run, machine: Machine) -> Plan:
     mesh=mesh,
     compiled=compiled,
     compile_seconds=took,
-    memory=memory.of(run, mesh, compiled, machine.memory),
+    memory=memory.of(run, mesh, compiled, machine.chip.usable),
     besides=besides,
     each=once.plus(besides, -1),
   )

@@ -27,7 +27,8 @@ def run(
   """
   with told_plainly():
     if {'--help', '-help', '-h'} & set(sys.argv[1:]):
-      print(_help(sys.argv, doc))
+      words = options.parse_known_args(sys.argv[1:])[1] if options else sys.argv[1:]
+      print(_help([sys.argv[0], *words], doc))
       return
     own, words = options.parse_known_args(sys.argv[1:]) if options else (None, sys.argv[1:])
     config = parse([sys.argv[0], *words], vars(own) if options else ())

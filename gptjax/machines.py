@@ -30,6 +30,7 @@ class Chip:
 
   kind: str  # as JAX names it
   memory: int
+  usable: int  # of it by a run: what a TPU's compiler refuses beyond; of a GPU 90 % (launch/gpu.sh)
   bandwidth: float
   fast: float
   slow: float | None  # None: not published
@@ -44,19 +45,13 @@ class Machine:
   chip: Chip
   devices: Sequence[jax.Device]
 
-  @property
-  def memory(self) -> int:
-    """Bytes that a run may hold on each device."""
-    return int(self.chip.memory * USABLE[self.devices[0].platform])
 
-
-# Of a GPU's memory JAX takes so much (launch/gpu.sh); a TPU's is its compiler's to fill.
-USABLE = {'gpu': 0.9, 'tpu': 1.0, 'cpu': 1.0}
 DOCS = 'cloud.google.com/tpu/docs'
 TPU = {
   'v4': Chip(
     kind='TPU v4',
     memory=32 * GIB,
+    usable=int(30.75 * GIB),
     bandwidth=1228 * GB,
     fast=300 * GB,
     slow=None,
@@ -65,6 +60,7 @@ TPU = {
   'v5e': Chip(
     kind='TPU v5 lite',
     memory=16 * GIB,
+    usable=int(15.75 * GIB),
     bandwidth=819 * GB,
     fast=400 / 2 * GB,
     slow=200 / 8 / 8 * GB,
@@ -73,6 +69,7 @@ TPU = {
   'v5p': Chip(
     kind='TPU v5',
     memory=95 * GIB,
+    usable=int(95.74 * GIB),
     bandwidth=2765 * GB,
     fast=1200 / 2 * GB,
     slow=50 / 8 * GB,
@@ -81,6 +78,7 @@ TPU = {
   'v6e': Chip(
     kind='TPU v6 lite',
     memory=32 * GIB,
+    usable=int(31.25 * GIB),
     bandwidth=1640 * GB,
     fast=800 / 2 * GB,
     slow=800 / 8 / 8 * GB,
@@ -89,6 +87,7 @@ TPU = {
   'tpu7x': Chip(  # a chip is two devices
     kind='TPU7x',
     memory=96 * GIB,
+    usable=int(94.75 * GIB),
     bandwidth=7380 / 2 * GB,
     fast=1200 / 2 / 2 * GB,
     slow=None,
@@ -99,6 +98,7 @@ GPU = {
   'a100': Chip(
     kind='NVIDIA A100-SXM4-80GB',
     memory=80 * GIB,
+    usable=72 * GIB,
     bandwidth=2039 * GB,
     fast=300 * GB,
     slow=200 / 8 * GB,
@@ -107,6 +107,7 @@ GPU = {
   'h100': Chip(
     kind='NVIDIA H100 80GB HBM3',
     memory=80 * GIB,
+    usable=72 * GIB,
     bandwidth=3352 * GB,
     fast=450 * GB,
     slow=400 / 8 * GB,
@@ -115,6 +116,7 @@ GPU = {
   'h200': Chip(
     kind='NVIDIA H200',
     memory=141 * GB,
+    usable=int(0.9 * 141 * GB),
     bandwidth=4800 * GB,
     fast=450 * GB,
     slow=400 / 8 * GB,

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import itertools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,9 +33,10 @@ from gptjax.errors import mistake, told_as
 from gptjax.machines import Machine
 from gptjax.search import Settings
 
+AUTO = {'mesh.slow_axes': 'auto'}  # a mesh that is tried lies as it would by itself
 OPTIONS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 OPTIONS.add_argument('--topology', default='')
-OPTIONS.add_argument('--search', type=int, default=0)
+OPTIONS.add_argument('--search', default='0')
 OPTIONS.add_argument('--json', default='')
 OPTIONS.add_argument('--save', default='')
 
@@ -42,16 +44,16 @@ OPTIONS.add_argument('--save', default='')
 def main(config: ConfigDict, options: argparse.Namespace) -> None:
   """Prints the plan of a config; ends with code 1 if it does not fit."""
   for name in ('json', 'save'):
-    path = getattr(options, name)
-    if path and not pathlib.Path(path).absolute().parent.is_dir():
-      raise mistake(f'--{name}', path, 'a file in a folder that is there', f'another --{name}')
+    check_file(f'--{name}', getattr(options, name))
+  if not options.search.isdecimal():
+    raise mistake('--search', options.search, 'how many meshes to compile for', '--search=4')
   check_knobs(config)
   ahead.fix_order(config.deterministic)
   jax.config.update('jax_platforms', 'cpu')  # whatever else is there only compiles
   machine = machines.find(options.topology)
   try:
-    if options.search:
-      plan = best(config, machine, options.search)
+    if int(options.search):
+      plan = best(config, machine, int(options.search))
     else:
       run = resolve(config, machine.devices)
       say(f'compiling the step for {len(machine.devices)} × {machine.chip.kind} …')
@@ -62,11 +64,11 @@ def main(config: ConfigDict, options: argparse.Namespace) -> None:
   if not plan.fits:
     end_without(config, machine, plan_table.table(plan), plan_table.as_json(plan), options)
   print(plan_table.table(plan))
-  write_json(options.json, plan_table.as_json(plan))
   if options.save:
     with told_as('--save', 'a file to write', 'another --save', OSError):
       size = ahead.save(options.save, plan.compiled, plan.run, plan.mesh)
     print(f'{options.save} holds the step, {size / 1e6:,.1f} MB')
+  write_json(options.json, plan_table.as_json(plan))
 
 
 def end_without(
@@ -79,6 +81,14 @@ def end_without(
   if options.save:
     print(f'{options.save} was not written')
   raise SystemExit(1)
+
+
+def check_file(option: str, path: str) -> None:
+  """Raises for a path that cannot be written, before anything is compiled."""
+  folder = pathlib.Path(path).absolute().parent
+  writable = folder.is_dir() and os.access(folder, os.W_OK)
+  if path and (not writable or pathlib.Path(path).is_dir()):
+    raise mistake(option, path, 'a file in a folder that can be written', f'another {option}')
 
 
 def say(told: str) -> None:
@@ -94,26 +104,36 @@ def write_json(path: str, found: dict) -> None:
 
 
 def best(config: ConfigDict, machine: Machine, count: int) -> Plan:
-  """Compiles for so many meshes, prints a line for each, and returns the fastest that fits."""
-  tell = lambda plan: print(plan_table.line(plan), flush=True)
-  print(plan_table.HEADS, flush=True)
+  """Compiles for so many meshes, prints them from the fastest on, and returns that one.
+
+  The fastest is in the middle between its best case and that in which nothing overlaps.
+  """
+  say(f'compiling for {count} meshes, and for each with the first settings that fit it …')
+  tell = lambda plan: say(plan_table.line(plan))
   meshes = itertools.islice(candidates(config, machine), count)
   found = [plan for runs in meshes if (plan := fitting(runs, machine, tell))]
   if not found:
-    raise mistake('--search', 'no mesh that fits', 'one', 'a larger --topology')
-  print()
-  return min(found, key=lambda plan: sum(plan.run_seconds))
+    got = f'no mesh that fits among the first {count}'
+    raise DoesNotFit(f'--search: got {got}, wanted one; try a larger --search or --topology')
+  found.sort(key=lambda plan: sum(plan.run_seconds))
+  print('\n'.join([plan_table.HEADS, *map(plan_table.line, found)]), end='\n\n')
+  return found[0]
 
 
 def cure(config: ConfigDict, machine: Machine, compiles: int = 3) -> str:
   """Settings with which it would fit, found by compiling a few: of its own mesh, or another."""
-  own = resolve(config, machine.devices).mesh
-  runs = itertools.chain.from_iterable(candidates(config, machine, own))
+  own = resolve(config, machine.devices)
+  known = lambda run: (run.mesh, run.microbatch, run.program.numerics.remat)
+  runs = itertools.chain.from_iterable(candidates(config, machine, own.mesh))
+  others = (run for run in runs if known(run) != known(own))
   say(f'looking for settings with which it fits: up to {compiles} to compile …')
-  plan = fitting(itertools.islice(runs, compiles), machine)
+  plan = fitting(itertools.islice(others, compiles), machine)
   if not plan:
     return 'no mesh, microbatch or remat policy was found with which it fits'
-  words = ' '.join(f'--config.{name}={value}' for name, value in plan.settings.knobs().items())
+  knobs = plan.settings.knobs()
+  if config.mesh.slow_axes != AUTO['mesh.slow_axes']:
+    knobs |= AUTO
+  words = ' '.join(f'--config.{name}={value}' for name, value in knobs.items())
   return f'it would fit, with {plan.memory.held / 1e9:,.2f} GB held: {words}'
 
 
@@ -138,7 +158,7 @@ def candidates(
   alone = Settings(dict.fromkeys(sharding.AXES, 1), 1, 'full')
   run = changed(config, alone, machine.devices[:1])
   shape, batch = run.program.shape, run.slices
-  meshes = search.meshes(shape, batch, machine.devices, machine.memory)
+  meshes = search.meshes(shape, batch, machine.devices, machine.chip.usable)
   for mesh in itertools.chain(first, meshes):
     runs = (changed(config, s, machine.devices) for s in search.policies(batch, mesh))
     yield (run for run in runs if seems_to_fit(run, machine))
@@ -147,14 +167,14 @@ def candidates(
 def changed(config: ConfigDict, settings: Settings, devices: list[jax.Device]) -> Run:
   """A config with other settings, checked."""
   other = copy.deepcopy(config)
-  other.update_from_flattened_dict(settings.knobs() | {'mesh.slow_axes': 'auto'})
+  other.update_from_flattened_dict(settings.knobs() | AUTO)
   return resolve(other, devices)
 
 
 def seems_to_fit(run: Run, machine: Machine) -> bool:
   """Whether what is known without compiling leaves some room."""
   mesh = sharding.make_mesh(**run.mesh, devices=machine.devices, across=run.across)
-  return memory.at_least(run, mesh) < 0.9 * machine.memory
+  return memory.at_least(run, mesh) < 0.9 * machine.chip.usable
 
 
 if __name__ == '__main__':

@@ -59,7 +59,7 @@ def _memory(m: Memory, all_there: int) -> Iterator[str]:
 
 def _step(plan: Plan) -> Iterator[str]:
   run, step = plan.run, plan.step
-  yield f'A step of {run.slices * run.microbatch:,} sequences, on each device'
+  yield f'What each device does in a step of {run.slices * run.microbatch:,} sequences'
   yield f'  model          {plan.model_flops / 1e12:12,.1f} TFLOP'
   ratio = step.flops / plan.model_flops
   yield f'  compiled       {step.flops / 1e12:12,.1f} TFLOP, {ratio:.2f} × the model'
@@ -83,7 +83,8 @@ def _estimate(plan: Plan) -> Iterator[str]:
     'Estimate, no measurement: at best the longest of three takes all time, at the rates of the '
     'data sheet'
   )
-  yield f'  compute        {step.compute:12.3f} s at {plan.peak / 1e12:,.0f} TFLOP/s'
+  slower = ', which float32 does not reach' * (run.program.numerics.dtype.name == 'float32')
+  yield f'  compute        {step.compute:12.3f} s at {plan.peak / 1e12:,.0f} TFLOP/s{slower}'
   yield f'  memory         {step.memory:12.3f} s at {chip.bandwidth / 1e9:,.0f} GB/s'
   yield f'  network        {step.network:12.3f} s at {chip.fast / 1e9:,.0f} GB/s{between}'
   yield (
@@ -110,11 +111,17 @@ def as_json(plan: Plan) -> dict:
     'devices': len(machine.devices),
     'chip': dataclasses.asdict(machine.chip),
     'settings': plan.settings.knobs(),
+    'parameters': run.program.shape.n_params,
+    'dtype': run.program.numerics.dtype.name,
+    'attention': run.program.numerics.attend.__name__,
+    'tokens': run.ramp.total * run.program.shape.context,
+    'peak_flops': plan.peak,
     'across': run.across,
     'fits': plan.fits,
     'memory': dataclasses.asdict(plan.memory) | {'held': plan.memory.held},
     'step': {
       'sequences': run.slices * run.microbatch,
+      'slices': run.slices,
       'model_flops': plan.model_flops,
       'flops': plan.step.flops,
       'bytes': plan.step.bytes,

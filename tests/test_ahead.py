@@ -61,6 +61,8 @@ def test_a_step_from_a_file_is_the_step_itself(tmp_path, settings):
     ('model__d_ff', 96, 'model.d_ff 64.*model.d_ff 96'),
     ('model__window', 4, r'model.windows \[None, 8\].*\[None, 4\]'),
     ('adamw__b2', 0.9, 'adamw.b2 0.95.*adamw.b2 0.9'),
+    ('stability__spike', 0.0, 'stability.spike 10.0.*stability.spike 0.0'),
+    ('stability__window', 16, 'stability.window 128.*stability.window 16'),
     ('compute__remat', 'full', 'numerics.remat none.*numerics.remat full'),
     ('compute__dtype', 'bfloat16', 'numerics.dtype float32.*numerics.dtype bfloat16'),
     ('compute__attention', 'reference', 'numerics.attend chunked.*numerics.attend reference'),
@@ -139,6 +141,7 @@ def test_a_damaged_file_is_refused_and_not_run(one, tmp_path):
       b'text',
       b'[]\n',
       b'{}\n',
+      json.dumps({k: v for k, v in json.loads(head).items() if k != 'metrics'}).encode() + b'\n',
       b'\x80\n\x80',
     ],
   }

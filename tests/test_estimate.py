@@ -12,7 +12,7 @@ from gptjax.machines import Chip
 from gptjax.schedule import Ramp
 from gptjax.sizes import Shape
 
-CHIP = Chip('TPU v4', memory=100, bandwidth=1e12, fast=1e11, slow=1e9, source='')
+CHIP = Chip('TPU v4', memory=100, usable=100, bandwidth=1e12, fast=1e11, slow=1e9, source='')
 PEAK = metrics.peak_flops(CHIP.kind)
 SHAPE = Shape(4, 64, 4, 16, 256, 128, 512, (None, 32))
 MESH = {'stage': 1, 'data': 4, 'fsdp': 8, 'tensor': 1}
