@@ -69,7 +69,7 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     """Sequences consumed at the last finished checkpoint, None if there is none."""
-    return max(_finished(self._folder), default=None)
+    return max(finished(self._folder), default=None)
 
   def newest_whole(self) -> int | None:
     """The same of the last one whose files are as they were written; those after it go aside.
@@ -142,17 +142,22 @@ class Checkpoints:
     """Turns whatever goes wrong with what a checkpoint holds into a Mistake that names it."""
     return _damage_told(self._manager, sequences)
 
-  def save(self, sequences: int, state: dict, record: dict) -> None:
+  def save(self, sequences: int, state: dict, record: dict) -> bool:
     """Starts to save, when the save before is done, and returns when the state was copied.
+
+    Returns:
+      Whether there was a save before that `poll` has not told of, and it went well.
 
     Raises:
       Mistake: what went wrong with it, or with the one before, if `poll` has not told yet.
     """
+    before = self._pending is not None
     self.wait()
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
     with self._failure_told():
       self._manager.save(sequences, args=args)
     self._pending = self._thread.submit(self._finish, sequences)
+    return before
 
   def _finish(self, sequences) -> None:
     """Waits until a checkpoint is on disk, lists its files, and deletes what need not be kept."""
@@ -165,11 +170,11 @@ class Checkpoints:
           (self._folder / str(old)).rmtree()
 
   def _surplus(self) -> set[int]:
-    finished = sorted(_finished(self._folder))
-    before = [0, *finished[:-1]]
-    pairs = zip(before, finished, strict=False)
+    there = sorted(finished(self._folder))
+    before = [0, *there[:-1]]
+    pairs = zip(before, there, strict=False)
     marks = {end for start, end in pairs if schedule.due(self._keep_every, start, end)}
-    newest = {s for s in _steps(self._folder) if s >= (finished[-self._keep :] or [0])[0]}
+    newest = {s for s in _steps(self._folder) if s >= (there[-self._keep :] or [0])[0]}
     return set(_steps(self._folder)) - marks - newest
 
   def poll(self) -> tuple[bool, Mistake | None]:
@@ -225,7 +230,8 @@ def _steps(folder: epath.Path) -> list[int]:
   return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
 
 
-def _finished(folder: epath.Path) -> list[int]:
+def finished(folder: epath.Path) -> list[int]:
+  """The checkpoints in a folder whose files are all listed."""
   return [s for s in _steps(folder) if integrity.complete(folder / str(s))]
 
 
@@ -237,7 +243,7 @@ def load_params(folder: epath.Path, abstract: dict) -> dict:
   """
   options = ocp.CheckpointManagerOptions(create=False)
   with ocp.CheckpointManager(folder.absolute(), options=options, item_names=('state',)) as manager:
-    last = max(_finished(folder), default=None) if folder.exists() else None
+    last = max(finished(folder), default=None) if folder.exists() else None
     if last is None:
       raise mistake('checkpoints', f'none in {folder}', 'a complete one', 'training further first')
     if why := integrity.damage(folder / str(last)):

@@ -35,10 +35,11 @@ def account(records: Sequence[dict]) -> dict[str, float]:
       began = r['time'] - r['setup_seconds']
       spent['starting'] += r['setup_seconds'] - r['restore_seconds']
       spent['restoring'] += r['restore_seconds']
-      spent['repeated'] += r['lost_seconds']
       if heard is not None:
-        # What was lost lies between the two as well: those records are gone.
-        spent['down'] += max(0.0, began - heard - r['lost_seconds'])
+        # Of what was lost, only when it ended is known.
+        last = max(heard, r.get('heard') or heard)
+        spent['repeated'] += last - heard
+        spent['down'] += max(0.0, began - last)
     elif r['kind'] == 'train':
       first = 'tokens_per_second' not in r
       extra = max(0.0, r['seconds'] - usual) if first else 0.0

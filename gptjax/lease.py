@@ -4,6 +4,7 @@ Not a lock of the file system, which many of those that machines share do not ha
 writes a file anew every few seconds, and who finds it unchanged for long enough takes it.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -21,7 +22,6 @@ from gptjax.errors import mistake
 FILE = 'lease.json'
 RENEWED = 5.0  # seconds after which the holder writes it anew
 EXPIRES = 30.0  # seconds unchanged, after which its holder is dead
-SETTLES = 0.2  # seconds in which of two that took it at once the later one stays
 
 
 class Lease:
@@ -40,11 +40,8 @@ class Lease:
 
   def __enter__(self) -> 'Lease':
     if self._enabled:
-      self._wait()
-      self._write()
-      time.sleep(SETTLES)
-      if (holder := self._read()) and holder['id'] != self._me['id']:
-        raise self._refusal(holder)
+      while not self._take(self._dead_holder()):
+        pass
       self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
       self._thread.start()
     return self
@@ -56,19 +53,47 @@ class Lease:
       if (holder := self._read()) and holder['id'] == self._me['id']:
         self._path.unlink()
 
-  def _wait(self) -> None:
-    """Until the holder is known to be dead."""
+  def _dead_holder(self) -> dict | None:
+    """The one that had it and is dead, if need be after waiting for that; None if nobody had it."""
     seen, since = self._read(), time.monotonic()
     while seen and not _dead(seen):
       if seen['where'] == self._me['where']:
         raise self._refusal(seen)
       if time.monotonic() - since >= EXPIRES:
-        return
+        break
       time.sleep(RENEWED / 10)
       now = self._read()
       if now and now != seen:
         raise self._refusal(now)
       seen = now
+    return seen
+
+  def _take(self, dead: dict | None) -> bool:
+    """Takes the place of a dead holder, or none, unless somebody else did before."""
+    mine, taking = Path(f'{self._path}.{self._me["id"]}'), Path(f'{self._path}.taking')
+    mine.write_text(json.dumps(self._me | {'renewed': 0}))
+    try:
+      os.link(mine, taking)  # one at a time: it fails if there is one
+    except FileExistsError:
+      mine.unlink()
+      self._forget(taking)
+      return False
+    try:
+      if self._read() != dead:
+        return False
+      os.replace(mine, self._path)
+    finally:
+      mine.unlink(missing_ok=True)
+      taking.unlink()
+    return True
+
+  def _forget(self, taking: Path) -> None:
+    """Waits a moment for who takes it now, whose mark goes if it died with it."""
+    time.sleep(RENEWED / 100)
+    with contextlib.suppress(FileNotFoundError):
+      other = _parsed(taking.read_text())
+      if not other or _dead(other) or time.time() - taking.stat().st_mtime > EXPIRES:
+        taking.unlink()
 
   def _refusal(self, holder):
     got = f'{self._path.parent}, in which process {holder["pid"]} on {holder["where"][0]} trains'
@@ -95,11 +120,19 @@ class Lease:
 
   def _read(self) -> dict | None:
     try:
-      return json.loads(self._path.read_text())
+      return _parsed(self._path.read_text())
     except FileNotFoundError:
       return None
-    except ValueError:  # it was cut, and tells nothing
-      return None
+
+
+def _parsed(text: str) -> dict | None:
+  """What a file tells of its holder; None if it was cut, or is none of ours."""
+  try:
+    found = json.loads(text)
+  except ValueError:
+    return None
+  ours = isinstance(found, dict) and {'id', 'where', 'pid', 'began'} <= found.keys()
+  return found if ours else None
 
 
 def _dead(holder: dict) -> bool:

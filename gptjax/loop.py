@@ -52,6 +52,8 @@ class Trainer:
     self.warm = False  # whether a step has run, so that the next one's time is not a compilation
     self.tracing = False
     self.ending = hosts.Request('end')
+    self.streak = 0  # of bad steps, as far as they were read
+    self.saved = 0  # sequences at the last save of this start
 
   def train(
     self,
@@ -88,7 +90,8 @@ class Trainer:
         self.clock = time.perf_counter()
       checked = step
       state, measured = self.train_step(state, *batch)
-      self.read()
+      if self.read():
+        watchdog.warm()
       self.unread = step, batch[-1], measured
       watchdog.beat(f'step {step.number}, sequences {step.start:,} to {step.end - 1:,}')
       last = step.end == end
@@ -101,10 +104,13 @@ class Trainer:
       again = saver.again(step)
       if last or ends or again or schedule.due(run.save_every, step.start, step.end):
         self.read()
-        self.save(saver, step, state, last=last or bool(ends))
+        # In a streak nothing changes but the clock, and good checkpoints would make room for it.
+        if last or not self.streak:
+          self.save(saver, step, state, last=last or bool(ends))
+          self.saved = step.end
       if ends and not last:
         seconds = time.time() - float(ends)
-        raise Preempted(f'SIGTERM: sequence {step.end:,} was saved {seconds:.1f} s after it came')
+        raise Preempted(f'SIGTERM: sequence {self.saved:,} was saved {seconds:.1f} s after it came')
     self.trace(None)
 
   def save(self, saver: Saver, step: schedule.Step, state: dict, *, last: bool) -> None:
@@ -131,10 +137,10 @@ class Trainer:
     rate = schedule.at(run.lr, step.end)
     return tokens, np.int32(step.start), np.int32(step.rows), rate
 
-  def read(self) -> None:
-    """Waits for the metrics of the unread step, if there is one, and writes them."""
+  def read(self) -> bool:
+    """Waits for the metrics of the unread step and writes them; returns whether there was one."""
     if not self.unread:
-      return
+      return False
     (step, rate, measured), self.unread = self.unread, None
     measured = jax.device_get(measured)
     judged, streak, since = (int(measured.pop(name)) for name in ('judged', 'streak', 'since'))
@@ -158,8 +164,10 @@ class Trainer:
     self.warm = True
     self.writer.write(record)
     self.bar.update(record)
+    self.streak = streak
     if judged != stability.GOOD:
       self.leave_out(step, record['loss'], stability.TOLD[judged], streak, since)
+    return True
 
   def leave_out(self, step: schedule.Step, loss: float, why: str, streak: int, since: int) -> None:
     """Tells of a step that was not taken; gives the state up after too many in a row.
@@ -218,6 +226,13 @@ class Trainer:
       self.read()
       if wanted:
         jax.profiler.start_trace(str(self.workdir / 'profile'))
+        self.tracing = True
       else:
-        jax.profiler.stop_trace()
-      self.tracing, self.clock = wanted, time.perf_counter()
+        self.close()
+      self.clock = time.perf_counter()
+
+  def close(self) -> None:
+    """Ends a trace that is being taken; may be called twice."""
+    if self.tracing:
+      jax.profiler.stop_trace()
+    self.tracing = False

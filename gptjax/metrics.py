@@ -107,10 +107,10 @@ class MetricsWriter:
 
   A record is a flat dict with `kind`, `step`, `sequences`, `tokens`. The JSONL file holds each
   position once: whatever lies after `resume_at`, the sequences consumed at the checkpoint that is
-  resumed from, is dropped first, and with 0 all is, but records of kind `start`. What it took to
-  come to what is dropped is then in `lost`, as `steps` and `seconds`. TensorBoard forgets the same
-  steps; W&B cannot, and shows both. NaN and the infinities are the strings 'NaN', 'Infinity' and
-  '-Infinity', since JSON has no such numbers; `read` gives the floats back.
+  resumed from, is dropped first, and with 0 all is, but records of kind `start`. `lost` tells of
+  what is dropped: its `steps`, and when the last record of all was `heard`. TensorBoard forgets the
+  same steps; W&B cannot, and shows both. NaN and the infinities are the strings 'NaN', 'Infinity'
+  and '-Infinity', since JSON has no such numbers; `read` gives the floats back.
 
   Raises:
     Mistake: wandb is asked for and not installed, or the file is damaged.
@@ -127,14 +127,15 @@ class MetricsWriter:
   ):
     """With `enabled` False, as in every process of a run but one, nothing is written."""
     self._file = self._tensorboard = self._wandb = None
-    self.lost = {'steps': 0, 'seconds': 0.0}
+    self.lost = {'steps': 0, 'heard': None}
     if not enabled:
       return
     wandb = import_wandb() if wandb_project else None
     path = _path(workdir)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept, dropped = _keep(path, resume_at)
-    self.lost = _time_of(kept, dropped)
+    heard = max((r['time'] for r in [*kept, *dropped] if 'time' in r), default=None)
+    self.lost = {'steps': sum(r['kind'] == 'train' for r in dropped), 'heard': heard}
     self._file = path.open('a')
     if tensorboard:
       # What TensorBoard has at or after `purge_step` is forgotten. If there is no record to tell
@@ -327,15 +328,6 @@ def _keep(path: pathlib.Path, resume_at: int) -> tuple[list[dict], list[dict]]:
   lines = [json.dumps({name: _encode(value) for name, value in r.items()}) + '\n' for r in kept]
   files.write_whole(path, ''.join(lines))
   return kept, dropped
-
-
-def _time_of(kept: list[dict], dropped: list[dict]) -> dict:
-  """The steps that were dropped, and the seconds that they and what was between them took."""
-  steps = sum(r['kind'] == 'train' for r in dropped)
-  times = [r['time'] for r in dropped if 'time' in r]
-  # From what came before them: a start of the run, or the last record that stays.
-  before = [r['time'] for r in kept if 'time' in r and r['time'] <= min(times, default=0)]
-  return {'steps': steps, 'seconds': max(times) - max(before, default=min(times)) if times else 0.0}
 
 
 def _parse(path: pathlib.Path) -> list[dict]:

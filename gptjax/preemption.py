@@ -24,7 +24,8 @@ class Notice:
     self.at = time.time()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     told = 'SIGTERM: saving after the step that runs; once more ends at once'
-    print(told, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, RuntimeError):  # nobody reads it, or it came amid a line
+      print(told, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,8 @@ class Saver:
     record = self._record | {'sequences': step.end, 'step': step.number}
     while True:
       try:
-        self._checkpoints.save(step.end, state, record)
+        if self._checkpoints.save(step.end, state, record):
+          self._failed = 0
         self._retry = False
         if last:
           self._checkpoints.wait()

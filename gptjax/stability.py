@@ -8,7 +8,7 @@ from jax import lax
 
 GOOD, NOT_FINITE, LOSS_SPIKE, NORM_SPIKE = range(4)
 TOLD = {
-  NOT_FINITE: 'loss or gradient is not finite',
+  NOT_FINITE: 'loss, gradient or update is not finite',
   LOSS_SPIKE: 'spike of the loss',
   NORM_SPIKE: 'spike of the gradient',
 }
@@ -33,9 +33,11 @@ class Guard:
     values = {name: jnp.zeros(self.window, jnp.float32) for name in STEADIEST}
     return values | {name: jnp.int32(0) for name in ('good', 'streak', 'since')}
 
-  def judge(self, health: dict, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
+  def judge(
+    self, health: dict, loss: jax.Array, grad_norm: jax.Array, update_norm: jax.Array
+  ) -> jax.Array:
     """GOOD, or what is wrong with a step."""
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
     judged = jnp.where(finite, GOOD, NOT_FINITE)
     if not self.spike:
       return judged

@@ -183,8 +183,9 @@ class Program:
     """
     loss, grads = self.gradients(state['params'], token_gbl, start, rows)
     grad_norm = optax.tree.norm(grads)
-    judged = self.guard.judge(state['health'], loss, grad_norm)
     updates, moments = self.optimizer.update(grads, state['moments'], state['params'], lr)
+    update_norm = optax.tree.norm(updates)
+    judged = self.guard.judge(state['health'], loss, grad_norm, update_norm)
     taken = {'params': optax.apply_updates(state['params'], updates), 'moments': moments}
     kept = {name: state[name] for name in taken}
     new = stability.choose(judged == stability.GOOD, taken, kept)
@@ -192,7 +193,7 @@ class Program:
     metrics = {
       'loss': loss,
       'grad_norm': grad_norm,
-      'update_norm': jnp.where(judged == stability.GOOD, optax.tree.norm(updates), 0.0),
+      'update_norm': jnp.where(judged == stability.GOOD, update_norm, 0.0),
       'param_norm': optax.tree.norm(new['params']),
       'judged': judged,
       'streak': health['streak'],

@@ -74,14 +74,14 @@ def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
   if config.log.wandb:
     metrics.import_wandb()  # before anything is made
   workdir = epath.Path(config.workdir)
-  wanted, fix = 'a folder to make and write in', 'more room, or --config.workdir=runs/…'
+  wanted, fix = 'a folder to read and write in', 'more room, or --config.workdir=runs/…'
   with told_as(f'workdir {workdir}', wanted, fix, OSError):
     since = time.perf_counter() - metrics.process_seconds()
     workdir.mkdir(parents=True, exist_ok=True)
-    with Lease(workdir, enabled=hosts.first()):
+    with Lease(workdir, enabled=hosts.first()), preemption.listening() as notice:
       while True:
         try:
-          return go_on(config, run, corpora, workdir, since)
+          return go_on(config, run, corpora, workdir, since, notice)
         except GivenUp as e:
           since = time.perf_counter()
           roll_back(run, workdir, e.rollback)
@@ -96,12 +96,18 @@ def keep_compiled(wanted: bool, workdir: epath.Path) -> None:
 
 
 def go_on(
-  config: ConfigDict, run: Run, corpora: Corpora, workdir: epath.Path, since: float
+  config: ConfigDict,
+  run: Run,
+  corpora: Corpora,
+  workdir: epath.Path,
+  since: float,
+  notice: preemption.Notice,
 ) -> None:
   """Trains in a workdir, from the last checkpoint there if there is one.
 
   Args:
     since: when this start began, of `time.perf_counter`.
+    notice: of the end of this machine.
   """
   (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK):
@@ -128,7 +134,7 @@ def go_on(
         changed = checkpoint.changes(saved['settings'], settings, config.resume.accept_changes)
         taken, starts = operator.index(saved['step']), [*saved['starts']]
         stages = [Stage(**stage) for stage in saved['stages']]
-    elif not rollbacks:
+    elif not any(r.start == 0 for r in rollbacks):
       check_nothing_lost(workdir, run, reached)
     if not stages or stages[-1].weights != corpora.stage:
       stages.append(Stage(start, corpora.stage))
@@ -144,6 +150,9 @@ def go_on(
       hosts.say(f'metrics  none from sequence {reached:,} to {start:,}: {metrics.FILE} was cut')
     steps = run.ramp.steps(start, taken, skipped)
     if not run.ramp.steps_left(start, skipped):
+      if not start:
+        fix = 'another --config.skip_sequences, seed or rate, in another workdir'
+        raise mistake('sequences', 'none that are not left out', 'some to train on', fix)
       hosts.say(f'nothing is left to train: {start:,} of {run.ramp.total:,} sequences')
       if hosts.first():
         print(summary.verdict(workdir, corpora))
@@ -182,7 +191,6 @@ def go_on(
           run.program.shape.context,
           enabled=config.log.progress and hosts.first(),
         ) as bar,
-        preemption.listening() as notice,
         Watchdog(config.watchdog.seconds, ends=config.watchdog.ends) as watchdog,
       ):
         at = {'step': taken, 'sequences': start, 'tokens': start * run.program.shape.context}
@@ -190,7 +198,7 @@ def go_on(
           'setup_seconds': time.perf_counter() - since,
           'restore_seconds': restored * bool(start),
           'lost_steps': writer.lost['steps'],
-          'lost_seconds': writer.lost['seconds'],
+          'heard': writer.lost['heard'],
         }
         writer.write({'kind': 'start', **at, **began})
         if stages[-1].start == start:
@@ -198,7 +206,8 @@ def go_on(
           writer.write(baseline)
         saver = Saver(checkpoints, record, run.save_failures, bar.say)
         trainer = Trainer(run, train_step, corpora, mixed, mesh, writer, bar, workdir)
-        trainer.train(state, steps, run.ramp.end(skipped), saver, notice, watchdog)
+        with contextlib.closing(trainer):
+          trainer.train(state, steps, run.ramp.end(skipped), saver, notice, watchdog)
   if hosts.first():
     print(summary.verdict(workdir, corpora))
 
@@ -208,20 +217,31 @@ def settings_of(config: ConfigDict, corpora: Corpora, names: Mapping[str, str]) 
   return checkpoint.flatten(config.to_dict() | {'corpus': corpora.identity(names)})
 
 
-def roll_back(run: Run, workdir: epath.Path, rollback: skips.Rollback) -> None:
-  """Notes what is left out from now on.
+def roll_back(run: Run, workdir: epath.Path, bad: skips.Rollback) -> None:
+  """Notes what is left out from now on: from the last good checkpoint to the end of the bad steps.
+
+  A checkpoint from which that was done before, and did not help, is good no more.
 
   Raises:
-    Mistake: if that was done as often as it may be.
+    Mistake: if that was done as often as it may be, or no good checkpoint is left.
   """
   before = skips.read(workdir)
   told = lambda r: f'sequences {r.start:,} to {r.stop - 1:,} ({r.why})'
+  got = f'{run.streak} bad steps in a row, {told(bad)}'
+  if before:
+    got += ', after leaving out ' + ', '.join(map(told, before))
+  fix = 'another seed or a smaller rate, or --config.stability.rollbacks to go on'
   if len(before) >= run.rollbacks:
-    got = f'{run.streak} bad steps in a row: {told(rollback)}'
-    got += ', after rolling back for ' + ', '.join(map(told, before)) * bool(before)
-    fix = 'another seed or a smaller rate, or --config.stability.rollbacks to go on'
     raise mistake('stability', got, f'no more than {run.rollbacks} rollbacks', fix)
-  hosts.say(f'rollback {told(rollback)} are left out from here on')
+  tried = {r.start for r in before}
+  there = checkpoint.finished(workdir / 'checkpoints')
+  good = max((s for s in there if s <= bad.start and s not in tried), default=0)
+  # All take what the first one saw: it may be deleting old ones.
+  good = int(hosts.all_say(str(good))[0])
+  if not good and (tried or bad.start >= 3 * max(run.save_every, run.ramp.rungs[-1].batch)):
+    raise mistake('stability', got, 'a checkpoint before them that was not tried', fix)
+  rollback = dataclasses.replace(bad, start=good)
+  hosts.say(f'rollback {told(bad)}: {told(rollback)} are left out from here on')
   hosts.meet()  # all have read the file that now changes
   if hosts.first():
     skips.add(workdir, rollback)
@@ -247,7 +267,8 @@ def check_nothing_lost(workdir: epath.Path, run: Run, reached: int) -> None:
   A run that was killed before its first checkpoint was complete may start anew.
   """
   # When the third checkpoint is due, the first is complete: none starts before the last is.
-  if run.save_every and reached >= 3 * max(run.save_every, run.ramp.rungs[-1].batch):
+  trained = reached - sum(max(0, min(r.stop, reached) - r.start) for r in run.skipped)
+  if run.save_every and trained >= 3 * max(run.save_every, run.ramp.rungs[-1].batch):
     raise mistake(
       'workdir',
       f'{workdir} without checkpoints, and metrics up to sequence {reached:,}',

@@ -7,9 +7,8 @@ from gptjax.config import Run, resolve
 from gptjax.machines import Chip, Machine
 from tests import runs
 
-CHIP = Chip(
-  'TPU v4', memory=10**9, usable=10**9, bandwidth=1e12, fast=1e11, slow=1e9, source='none'
-)
+GB = 10**9
+CHIP = Chip('TPU v4', memory=GB, usable=GB, bandwidth=1e12, fast=1e11, slow=1e9, source='none')
 
 
 def config(**settings):

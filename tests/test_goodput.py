@@ -16,9 +16,8 @@ def clock(records):
   return timed
 
 
-def start(setup, restore=0.0, lost=0.0, **more):
-  told = {'setup_seconds': setup, 'restore_seconds': restore, 'lost_seconds': lost}
-  return {'kind': 'start', 'lost_steps': 0} | told | more
+def start(setup, restore=0.0, **more):
+  return {'kind': 'start', 'setup_seconds': setup, 'restore_seconds': restore} | more
 
 
 def step(number, seconds, first=False):
@@ -36,7 +35,7 @@ RUN = [
   step(4, 2.0, first=False),
   {'kind': 'save', 'step': 4, 'seconds': 0.5},
   # Six steps were taken and lost, and it was found ten minutes after.
-  start(21.0, restore=4.0, lost=12.0, wait=612.0),
+  start(21.0, restore=4.0, heard=1075.5, wait=612.0),
   step(5, 12.0, first=True),
   step(6, 2.0),
 ]
@@ -57,6 +56,21 @@ def test_each_second_has_its_part():
     'other': 0.0,
   }
   assert set(spent) == set(goodput.PARTS)
+
+
+def test_what_is_lost_twice_is_counted_once():
+  """A second start, whose steps are lost with some of the first's."""
+  records = [
+    start(10.0),  # 1000 to 1010
+    step(1, 5.0, first=True),  # and heard until 1030
+    start(10.0, heard=1030.0, wait=115.0),  # 1130 to 1140, heard until 1150
+    start(10.0, heard=1150.0, wait=60.0),  # 1200 to 1210
+    step(2, 5.0),
+  ]
+  timed = clock(records)
+  spent = goodput.account(timed)
+  assert (spent['repeated'], spent['down'], spent['starting']) == (15.0 + 10.0, 150.0, 30.0)
+  assert math.fsum(spent.values()) == pytest.approx(timed[-1]['time'] - 1000.0)
 
 
 def test_what_no_record_tells_is_other():

@@ -76,10 +76,38 @@ def test_one_on_another_machine_is_waited_for_as_long_as_it_may_take(tmp_path):
   thread.join()
 
 
-def test_a_file_that_was_cut_is_none(tmp_path):
-  (tmp_path / lease.FILE).write_text('{"id"')
+@pytest.mark.parametrize('text', ['{"id"', '', '[1]', '{"a": 1}', '123'])
+def test_a_file_that_tells_of_no_holder_is_none(tmp_path, text):
+  (tmp_path / lease.FILE).write_text(text)
   with Lease(tmp_path):
     assert held(tmp_path)['pid'] == os.getpid()
+  assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize('before', [None, '{"id"'])
+def test_of_several_that_take_it_at_once_one_has_it(tmp_path, before):
+  for i in range(10):
+    workdir, at_once, ended = tmp_path / str(i), threading.Barrier(4), []
+    workdir.mkdir()
+    if before:
+      (workdir / lease.FILE).write_text(before)
+
+    def take(workdir=workdir, at_once=at_once, ended=ended):
+      one = Lease(workdir)
+      at_once.wait()
+      try:
+        ended.append(one.__enter__())
+      except Mistake:
+        ended.append(None)
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+    (holder,) = filter(None, ended)
+    assert len(ended) == 4 and held(workdir)['id'] == holder._me['id']
+    holder.__exit__()
 
 
 LOST = """

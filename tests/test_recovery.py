@@ -1,7 +1,9 @@
 """What a run does when something breaks: it ends as if nothing had, or says why it cannot."""
 
 import json
+import os
 import random
+import signal
 import sys
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import chaos
-from gptjax import checkpoint, skips, train
+from gptjax import checkpoint, preemption, skips, train
 from gptjax.config import resolve
 from gptjax.errors import Mistake
 from tests import small
@@ -55,7 +57,7 @@ def test_a_bad_step_is_left_out_and_told(poisoned, corpus, tmp_path, capsys):
   run(tmp_path, corpus)
   (skip,) = records(tmp_path, 'skip')
   assert np.isnan(skip.pop('loss'))
-  why = 'loss or gradient is not finite'
+  why = 'loss, gradient or update is not finite'
   clock = {'step': 6, 'sequences': 144, 'tokens': 144 * 32, 'start': 120}
   assert skip == {'kind': 'skip', 'why': why, 'streak': 1} | clock
   steps = records(tmp_path)
@@ -64,14 +66,13 @@ def test_a_bad_step_is_left_out_and_told(poisoned, corpus, tmp_path, capsys):
   assert f'skipped  step 6, sequences 120 to 143: {why}; 1 in a row' in capsys.readouterr().err
 
 
-def test_a_streak_rolls_back_and_ends_as_a_run_that_never_saw_it(
-  poisoned, corpus, tmp_path, capsys
-):
+def test_a_streak_rolls_back_and_ends_as_if_never_seen(poisoned, corpus, tmp_path, capsys):
   """The checkpoint made while the state was bad is forgotten; the clock jumps."""
   poisoned.append((range(216, 288), 1.0, NAN))  # a checkpoint is made at 216, and one at 288
   run(tmp_path / 'run', corpus, stability__streak=3)
   told = capsys.readouterr().out
-  assert 'rollback sequences 216 to 287 (loss or gradient is not finite) are left out' in told
+  why = 'loss, gradient or update is not finite'
+  assert f'rollback sequences 216 to 287 ({why}): sequences 216 to 287 ({why}) are left' in told
   assert 'skipped  sequences 216–287\n' in told and 'start    sequence 216, step 10' in told
   (rollback,) = skips.read(tmp_path / 'run')
   assert (rollback.start, rollback.stop) == (216, 288)
@@ -84,28 +85,23 @@ def test_a_streak_rolls_back_and_ends_as_a_run_that_never_saw_it(
 def test_a_rollback_without_a_checkpoint_starts_anew(poisoned, corpus, tmp_path):
   poisoned.append((range(24, 72), NAN, 1.0))
   run(tmp_path / 'run', corpus)
-  run(tmp_path / 'by_hand', corpus, skip_sequences='24-71')
+  run(tmp_path / 'by_hand', corpus, skip_sequences='0-71')
   assert records(tmp_path / 'run') == records(tmp_path / 'by_hand')
   assert_same_end(tmp_path / 'run', tmp_path / 'by_hand', corpus)
 
 
 def test_rollbacks_end_and_the_run_says_why(poisoned, corpus, tmp_path):
   poisoned.append((range(144, 999), NAN, 1.0))
-  with pytest.raises(Mistake) as e:
-    run(tmp_path, corpus, stability__rollbacks=2)
-  assert len(skips.read(tmp_path)) == 2
-  for told in (
-    '2 bad steps in a row: sequences 240 to 287',
-    '144 to 191',
-    '192 to 239',
-    'no more than 2',
-  ):
-    assert told in str(e.value)
+  settings = {'stability__rollbacks': 2, 'save__keep': 9}
+  left_out = '2 bad steps in a row, sequences 240 to 287 .*144 to 191 .*, sequences 72 to 239 '
+  with pytest.raises(Mistake, match=left_out + '.*wanted no more than 2 rollbacks'):
+    run(tmp_path, corpus, **settings)
+  assert [(r.start, r.stop) for r in skips.read(tmp_path)] == [(144, 192), (72, 240)]
   # And again, until a person decides: nothing was lost.
   with pytest.raises(Mistake, match='sequences 240 to 287'):
-    run(tmp_path, corpus, stability__rollbacks=2)
+    run(tmp_path, corpus, **settings)
   poisoned.clear()
-  run(tmp_path, corpus, stability__rollbacks=2)
+  run(tmp_path, corpus, **settings)
   assert records(tmp_path)[-1]['sequences'] == 480
 
 
@@ -190,3 +186,87 @@ def test_another_recipe_is_judged_anew(corpus, tmp_path):
   assert end_of(tmp_path, corpus)[1]['health']['good'] == 9
   run(tmp_path, corpus, lr__peak=2e-2, resume__accept_changes=True)
   assert end_of(tmp_path, corpus)[1]['health']['good'] == 11
+
+
+def test_what_is_saved_in_a_streak_pushes_no_good_checkpoint_out(poisoned, corpus, tmp_path):
+  poisoned.append((range(264, 336), NAN, 1.0))
+  run(tmp_path, corpus, save__keep=1, save__every_tokens=24 * 32.0, stability__streak=3)
+  (rollback,) = skips.read(tmp_path)
+  assert (rollback.start, rollback.stop) == (264, 336)
+  assert [r['sequences'] for r in records(tmp_path)][9:13] == [240, 264, 360, 384]
+
+
+def test_a_checkpoint_that_did_not_help_is_not_gone_back_to_again(poisoned, corpus, tmp_path):
+  """The state may be bad before a step shows it."""
+  poisoned += [(range(216, 264), NAN, 1.0), (range(264, 312), NAN, 1.0)]
+  run(tmp_path, corpus, save__keep=9)
+  assert [(r.start, r.stop) for r in skips.read(tmp_path)] == [(216, 264), (144, 312)]
+  assert [r['sequences'] for r in records(tmp_path)][5:8] == [144, 336, 360]
+
+
+def test_no_good_checkpoint_is_told_and_nothing_thrown_away(poisoned, corpus, tmp_path):
+  run(tmp_path, corpus, save__keep=1, train_tokens=24 * 12 * 32.0)
+  before = records(tmp_path)
+  poisoned.append((range(288, 999), NAN, 1.0))
+  told = 'after leaving out sequences 288 to .*wanted a checkpoint before'
+  with pytest.raises(Mistake, match=told):
+    run(tmp_path, corpus, save__keep=1, resume__accept_changes=True)
+  assert records(tmp_path)[:12] == before
+  assert (tmp_path / 'checkpoints' / '288').exists()
+
+
+def test_sigterm_is_heard_through_a_rollback(poisoned, corpus, tmp_path, monkeypatch):
+  poisoned.append((range(144, 192), NAN, 1.0))
+  real = train.roll_back
+
+  def terminated(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    real(*args)
+
+  monkeypatch.setattr(train, 'roll_back', terminated)
+  with pytest.raises(SystemExit) as e:
+    run(tmp_path, corpus)
+  assert e.value.code == preemption.AGAIN
+  assert records(tmp_path)[-1]['sequences'] == 216  # the first step after it
+
+
+def test_a_trace_ends_with_a_rollback(poisoned, corpus, tmp_path):
+  poisoned.append((range(144, 192), NAN, 1.0))
+  run(tmp_path, corpus, profile='4-9')
+  assert records(tmp_path)[-1]['sequences'] == 480
+
+
+def test_a_start_that_skips_much_may_die_before_it_saves(corpus, tmp_path, monkeypatch):
+  skip = {'skip_sequences': '0-399', 'save__every_tokens': 24 * 3 * 32.0}
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', lambda *_: False)  # as if it died before
+  run(tmp_path, corpus, **skip)
+  monkeypatch.undo()
+  run(tmp_path, corpus, **skip)
+  assert [r['sequences'] for r in records(tmp_path)] == [424, 448, 472, 480]
+
+
+def test_a_run_without_any_sequence_is_told(corpus, tmp_path):
+  with pytest.raises(Mistake, match='sequences: got none that are not left out'):
+    run(tmp_path, corpus, skip_sequences='0-1000')
+
+
+STANDS = """
+import runpy, sys, time
+from gptjax import loop, watchdog
+watchdog.LATER = 0.2
+read, calls = loop.Trainer.read, []
+def slow(self):
+  calls.append(1)
+  if len(calls) == 6:
+    time.sleep(6)
+  return read(self)
+loop.Trainer.read = slow
+runpy.run_module('gptjax.train', run_name='__main__')
+"""
+
+
+def test_a_step_that_does_not_end_is_told_with_where_it_stands(corpus, tmp_path, run_python):
+  given = args(tmp_path, corpus, watchdog__seconds=2.0, watchdog__ends=True)
+  done = run_python(['-c', STANDS, *given[2:]], timeout=100, code=1)
+  assert 'STUCK    for 2 s' in done.stderr and 'in: step ' in done.stderr
+  assert 'in slow' in done.stderr and 'to be started again' in done.stderr
