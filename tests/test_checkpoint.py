@@ -99,7 +99,8 @@ def test_a_damaged_checkpoint_goes_aside_and_the_one_before_is_used(
   there = sorted(p.relative_to(tmp_path / 'c') for p in (tmp_path / 'c').rglob('*'))
   checkpoints = checkpoint.Checkpoints(tmp_path / 'c', keep=2)
   assert checkpoints.newest_whole() == 16
-  assert 'DAMAGED  checkpoint 24: ' in capsys.readouterr().out
+  kind = 'aside   ' if damage is empty and not item else 'DAMAGED '
+  assert f'{kind} checkpoint 24: ' in capsys.readouterr().out
   assert (tmp_path / 'damaged' / '24.0').exists() and not (tmp_path / 'c' / '24').exists()
   with small.on():
     got = checkpoints.restore(16, program.abstract_state())

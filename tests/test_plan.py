@@ -63,6 +63,7 @@ def test_a_search_that_finds_nothing_is_told(here):
     plan.best(plans.config(), here(10**5), 2)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_with_settings_that_do(here, tmp_path, capsys):
   """And with them it does."""
   c = plans.config(**MESH, **LARGE, compute__microbatch=3)

@@ -407,7 +407,7 @@ def test_workdir_that_is_a_file_is_told_and_kept(corpus, tmp_path):
   (tmp_path / 'notes').write_text('mine')
   for workdir in (tmp_path / 'notes', tmp_path / 'notes' / 'run'):
     with pytest.raises(
-      Mistake, match='workdir .*notes.*: got .*wanted a folder to make and write in'
+      Mistake, match='workdir .*notes.*: got .*wanted a folder to read and write in'
     ):
       train.main(config(workdir, corpus))
   assert (tmp_path / 'notes').read_text() == 'mine'
