@@ -109,8 +109,11 @@ class Trainer:
           self.save(saver, step, state, last=last or bool(ends))
           self.saved = step.end
       if ends and not last:
-        seconds = time.time() - float(ends)
-        raise Preempted(f'SIGTERM: sequence {self.saved:,} was saved {seconds:.1f} s after it came')
+        after = f'{time.time() - float(ends):.1f} s after it came'
+        told = f'sequence {self.saved:,} was saved {after}'
+        if self.saved != step.end:
+          told = f'nothing was saved in a streak of bad steps, {after}'
+        raise Preempted(f'SIGTERM: {told}')
     self.trace(None)
 
   def save(self, saver: Saver, step: schedule.Step, state: dict, *, last: bool) -> None:
