@@ -6,6 +6,7 @@ but its times, and every bit of the last checkpoint. Prints what each kill hit. 
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -24,7 +25,6 @@ from gptjax import checkpoint, flags, metrics, schedule, sharding
 from gptjax.config import Run, resolve
 from gptjax.errors import mistake, told_plainly
 
-TIMES = {'time', 'seconds', 'tokens_per_second', 'mfu', 'peak_bytes'}
 MOMENTS = ('starting', 'a step', 'a save', 'its listing', 'a validation')
 
 
@@ -94,33 +94,25 @@ class Storm:
     return schedule.due(self._run.eval_every, last['sequences'] - last['batch'], last['sequences'])
 
 
+def end_of(workdir: Path, run: Run) -> tuple[int, dict, dict]:
+  """Where the last checkpoint of a run is, its state as NumPy, and its record."""
+  with contextlib.closing(checkpoint.Checkpoints(workdir / 'checkpoints', keep=99)) as checkpoints:
+    sequences = checkpoints.newest_whole()
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
+      state = checkpoints.restore(sequences, run.program.abstract_state())
+    return sequences, jax.tree.map(np.asarray, state), checkpoints.record(sequences)
+
+
 def differences(a: Path, b: Path, run: Run) -> list[str]:
   """What is not the same at the end of two runs."""
   found = []
   for kind in ('train', 'validation', 'baseline', 'skip'):
-    one, other = (
-      [
-        {k: v for k, v in r.items() if k not in TIMES}
-        for r in metrics.read(workdir)
-        if r['kind'] == kind
-      ]
-      for workdir in (a, b)
-    )
+    one, other = (metrics.timeless(workdir, kind) for workdir in (a, b))
     if repr(one) != repr(other):
       found.append(f'{len(one)} and {len(other)} records of kind {kind}')
-  states = []
-  for workdir in (a, b):
-    checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep=99)
-    with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
-      states.append(checkpoints.restore(checkpoints.newest_whole(), run.program.abstract_state()))
-    checkpoints.close()
-  same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), *states)
-  found += [
-    jax.tree_util.keystr(path)
-    for path, equal in jax.tree_util.tree_leaves_with_path(same)
-    if not equal
-  ]
-  return found
+  states = [end_of(workdir, run)[1] for workdir in (a, b)]
+  same = jax.tree_util.tree_leaves_with_path(jax.tree.map(np.array_equal, *states))
+  return found + [jax.tree_util.keystr(path) for path, equal in same if not equal]
 
 
 def weather(

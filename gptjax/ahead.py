@@ -56,6 +56,14 @@ def fix_order(deterministic: bool) -> None:
     os.environ['XLA_FLAGS'] = ' '.join([*words, flag])
 
 
+def cache_in(workdir: epath.Path, wanted: bool) -> None:
+  """Keeps what is compiled in the workdir, so that the next start need not compile it again."""
+  # A folder that the environment names is meant for more runs than this one.
+  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(workdir / 'cache')
+  jax.config.update('jax_compilation_cache_dir', folder if wanted else None)
+  compilation_cache.reset_cache()  # of a run in this process before
+
+
 def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
   """What to call as `Program.train_step`: from the run's file, or compiled by its first call."""
   return load(run.compiled, run, mesh) if run.compiled else _jitted(run)

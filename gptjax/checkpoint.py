@@ -171,11 +171,10 @@ class Checkpoints:
 
   def _surplus(self) -> set[int]:
     there = sorted(finished(self._folder))
-    before = [0, *there[:-1]]
-    pairs = zip(before, there, strict=False)
+    pairs = zip([0, *there], there, strict=False)
     marks = {end for start, end in pairs if schedule.due(self._keep_every, start, end)}
-    newest = {s for s in _steps(self._folder) if s >= (there[-self._keep :] or [0])[0]}
-    return set(_steps(self._folder)) - marks - newest
+    oldest = (there[-self._keep :] or [0])[0]
+    return {s for s in _steps(self._folder) if s < oldest} - marks
 
   def poll(self) -> tuple[bool, Mistake | None]:
     """Whether a save has ended since this was last asked, and what went wrong with it."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 
 import jax
@@ -325,7 +324,7 @@ def _repeatable(config, platform) -> None:
 def _profile(text) -> range:
   if not text:
     return range(0)
-  match = re.fullmatch(r'(\d+)-(\d+)', text)
-  if not match or not 1 <= int(match[1]) <= int(match[2]):
+  steps = skips.first_to_last(text)
+  if not steps or steps.start < 1:
     raise mistake('profile', text, 'first-last step, from 1', "--config.profile='20-22'")
-  return range(int(match[1]), int(match[2]) + 1)
+  return steps

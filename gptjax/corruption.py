@@ -25,18 +25,18 @@ def comparing() -> Callable[[dict], None]:
 
   The check raises a Mistake with the devices whose copy is not that of most.
   """
-  cache = {}
+  sums = None
 
   def check(state: dict) -> None:
-    layout = jax.tree.map(lambda a: a.sharding, state)
-    if 'sums' not in cache:  # compiled once
-      specs = jax.tree.map(lambda sharding: sharding.spec, layout)
+    nonlocal sums
+    if not sums:  # compiled once
+      specs = jax.tree.map(lambda a: a.sharding.spec, state)
       local = lambda state: jnp.stack([_sum(a) for a in jax.tree.leaves(state)])[None]
       every = P(jax.sharding.get_mesh().axis_names)
       mapped = jax.shard_map(local, in_specs=(specs,), out_specs=every, check_vma=False)
-      cache['sums'] = jax.jit(mapped)
+      sums = jax.jit(mapped)
     # A row of sums from each device, of its own parts.
-    rows = cache['sums'](state).addressable_shards
+    rows = sums(state).addressable_shards
     mine = {str(row.device.id): np.asarray(row.data)[0].tolist() for row in rows}
     said = {}
     for each in hosts.all_say(json.dumps(mine)):

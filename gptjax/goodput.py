@@ -1,5 +1,6 @@
 """Where the time of a run went, over all its starts: what trained it, and what did not."""
 
+import itertools
 import statistics
 from collections.abc import Sequence
 
@@ -20,11 +21,10 @@ PARTS = {
 
 def account(records: Sequence[dict]) -> dict[str, float]:
   """Seconds of each part, from the records of a run; empty for one that does not tell times."""
-  records = [r for r in records if 'time' in r]
-  starts = [i for i, r in enumerate(records) if r['kind'] == 'start']
-  if not starts:
+  timed = (r for r in records if 'time' in r)
+  records = [*itertools.dropwhile(lambda r: r['kind'] != 'start', timed)]
+  if not records:
     return {}
-  records = records[starts[0] :]
   spent = dict.fromkeys(PARTS, 0.0)
   bad = {r['step'] for r in records if r['kind'] == 'skip'}
   usual = [r['seconds'] for r in records if r['kind'] == 'train' and 'tokens_per_second' in r]

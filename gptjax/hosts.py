@@ -181,8 +181,7 @@ def meet() -> None:
   Raises:
     Mistake: with what another process said when it ended.
   """
-  if jax.process_count() > 1:
-    _exchange('here')
+  all_say('here')
 
 
 def all_say(mine: str) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from etils import epath
 
-from gptjax import files
+from gptjax import files, process
 from gptjax.errors import mistake
 
 FILE = 'lease.json'
@@ -34,7 +34,12 @@ class Lease:
   def __init__(self, workdir: epath.Path, *, enabled: bool = True):
     """With `enabled` False, as in every process of a run but one, it does nothing."""
     self._path, self._enabled = epath.Path(workdir) / FILE, enabled
-    self._me = {'id': uuid.uuid4().hex, 'where': _here(), 'pid': os.getpid(), 'began': _began()}
+    self._me = {
+      'id': uuid.uuid4().hex,
+      'where': _here(),
+      'pid': os.getpid(),
+      'began': process.began(),
+    }
     self._left, self._thread = threading.Event(), None
     self._renewals = 0
 
@@ -140,7 +145,7 @@ def _dead(holder: dict) -> bool:
   if holder['where'] != _here():
     return False
   try:
-    return _began(holder['pid']) != holder['began']
+    return process.began(holder['pid']) != holder['began']
   except OSError:
     return True
 
@@ -149,11 +154,3 @@ def _here() -> list[str]:
   """This machine, and the process numbers that are valid in it."""
   boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
   return [socket.gethostname(), boot, os.readlink('/proc/self/ns/pid')]
-
-
-def _began(pid: int | str = 'self') -> str:
-  """When a process was started, since process numbers come again; fails for one that is gone."""
-  fields = Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()
-  if fields[0] == 'Z':
-    raise ProcessLookupError(pid)
-  return fields[19]

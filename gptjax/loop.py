@@ -53,7 +53,6 @@ class Trainer:
     self.tracing = False
     self.ending = hosts.Request('end')
     self.streak = 0  # of bad steps, as far as they were read
-    self.saved = 0  # sequences at the last save of this start
 
   def train(
     self,
@@ -80,15 +79,15 @@ class Trainer:
     """
     run = self.run
     watchdog.beat('the first step of this start')
-    checked = None  # the last step before which the machine was to be checked
+    checks = False  # whether the machine is to be checked before the next step
     for step, batch in loader.prefetch(self.batch, steps, run.prefetch):
       self.trace(step)
-      if checked and schedule.due(run.check_every, checked.start, checked.end):
+      if checks:
         self.read()
         self.copies_agree(state)
         self.repeats(state, *batch)
         self.clock = time.perf_counter()
-      checked = step
+      checks = schedule.due(run.check_every, step.start, step.end)
       state, measured = self.train_step(state, *batch)
       if self.read():
         watchdog.warm()
@@ -105,13 +104,12 @@ class Trainer:
       if last or ends or again or schedule.due(run.save_every, step.start, step.end):
         self.read()
         # In a streak nothing changes but the clock, and good checkpoints would make room for it.
-        if last or not self.streak:
+        if saves := last or not self.streak:
           self.save(saver, step, state, last=last or bool(ends))
-          self.saved = step.end
       if ends and not last:
         after = f'{time.time() - float(ends):.1f} s after it came'
-        told = f'sequence {self.saved:,} was saved {after}'
-        if self.saved != step.end:
+        told = f'sequence {step.end:,} was saved {after}'
+        if not saves:
           told = f'nothing was saved in a streak of bad steps, {after}'
         raise Preempted(f'SIGTERM: {told}')
     self.trace(None)

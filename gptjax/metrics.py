@@ -18,6 +18,7 @@ from gptjax import files
 from gptjax.errors import Mistake, mistake, told_as
 
 FILE = 'metrics.jsonl'
+TIMED = {'time', 'seconds', 'tokens_per_second', 'mfu', 'peak_bytes'}
 REQUIRED = {'kind': str, 'step': int, 'sequences': int, 'tokens': int}
 
 # Dense bf16 FLOP/s of one JAX device, by the exact `device_kind`: data sheets often print the
@@ -78,12 +79,6 @@ def peak_memory_bytes() -> int | None:
   """The most bytes ever in use on one of this process's devices; None where none reports it."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   return max((s['peak_bytes_in_use'] for s in stats if 'peak_bytes_in_use' in s), default=None)
-
-
-def process_seconds() -> float:
-  """Since this process was started, all imports included; from Linux's own account of it."""
-  started = pathlib.Path('/proc/self/stat').read_text().rsplit(')', 1)[1].split()[19]
-  return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf('SC_CLK_TCK')
 
 
 class Throughput:
@@ -211,6 +206,12 @@ def read(workdir: str | os.PathLike) -> list[dict]:
       'the workdir of a run that has taken a step',
     )
   return records
+
+
+def timeless(workdir: str | os.PathLike, kind: str) -> list[dict]:
+  """The records of a kind, without what the speed of the machine is in."""
+  found = [r for r in read(workdir) if r['kind'] == kind]
+  return [{name: value for name, value in r.items() if name not in TIMED} for r in found]
 
 
 def reached(workdir: str | os.PathLike) -> int:

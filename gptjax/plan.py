@@ -113,8 +113,8 @@ def best(config: ConfigDict, machine: Machine, count: int) -> Plan:
   meshes = itertools.islice(candidates(config, machine), count)
   found = [plan for runs in meshes if (plan := fitting(runs, machine, tell))]
   if not found:
-    got = f'no mesh that fits among the first {count}'
-    raise DoesNotFit(f'--search: got {got}, wanted one; try a larger --search or --topology')
+    got, fix = f'no mesh that fits among the first {count}', 'a larger --search or --topology'
+    raise DoesNotFit(*mistake('--search', got, 'one', fix).args)
   found.sort(key=lambda plan: sum(plan.run_seconds))
   print('\n'.join([plan_table.HEADS, *map(plan_table.line, found)]), end='\n\n')
   return found[0]

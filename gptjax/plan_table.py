@@ -33,7 +33,7 @@ def table(plan: Plan) -> str:
 
 def _head(plan: Plan) -> Iterator[str]:
   run, machine, numerics = plan.run, plan.machine, plan.run.program.numerics
-  mesh = ' · '.join(f'{axis} {size}' for axis, size in run.mesh.items())
+  mesh = summary.in_axes(run.mesh)
   yield f'{machine.topology}: {len(machine.devices)} × {machine.chip.kind}; {mesh}'
   yield (
     f'{run.program.shape.n_params:,} parameters; {run.slices} slices of {run.microbatch} '

@@ -27,14 +27,17 @@ class Rollback:
 
 def parse(text: str) -> list[range]:
   """'1000-1999,5000-5009', the first and the last sequence of each stretch, from 0."""
-  found = []
-  for part in filter(None, text.split(',')):
-    match = re.fullmatch(r'\s*(\d+)-(\d+)\s*', part)
-    if not match or int(match[1]) > int(match[2]):
-      wanted = 'first-last, from 0, with commas between'
-      raise mistake('skip_sequences', text, wanted, "--config.skip_sequences='1000-1999'")
-    found.append(range(int(match[1]), int(match[2]) + 1))
+  found = [first_to_last(part.strip()) for part in filter(None, text.split(','))]
+  if not all(found):
+    wanted = 'first-last, from 0, with commas between'
+    raise mistake('skip_sequences', text, wanted, "--config.skip_sequences='1000-1999'")
   return found
+
+
+def first_to_last(text: str) -> range:
+  """The numbers from the first to the last of '20-22'; none for what is written otherwise."""
+  match = re.fullmatch(r'(\d+)-(\d+)', text)
+  return range(int(match[1]), int(match[2]) + 1) if match else range(0)
 
 
 def union(ranges: Iterable[range]) -> tuple[range, ...]:

@@ -1,7 +1,7 @@
 """What a run says of itself: before its first step, and after its last."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
@@ -35,7 +35,7 @@ def describe(
     f'{taken + len(steps):,} steps',
     'batch': f'{ramped} sequences in {rungs}, in slices of {run.microbatch}; '
     f'{surplus / computed:.2%} of rows computed only fill up slices',
-    'mesh': ' · '.join(f'{axis} {size}' for axis, size in run.mesh.items())
+    'mesh': in_axes(run.mesh)
     + ' on '
     + ', '.join(filter(None, (mesh.devices.flat[0].device_kind, hosts.described()))),
     **links(run, [device.id for device in mesh.devices.flat]),
@@ -69,7 +69,7 @@ def links(run: Run, order: Sequence[int]) -> dict[str, str]:
   if not run.across:
     return {}
   count = math.prod(run.across.values())
-  parts = lambda sizes: ' · '.join(f'{axis} {size}' for axis, size in sizes.items() if size > 1)
+  parts = lambda sizes: in_axes({axis: size for axis, size in sizes.items() if size > 1})
   within = {axis: size // run.across[axis] for axis, size in run.mesh.items()}
   told = f'{parts(run.across)} over the slow links between {count} nodes'
   lines = {
@@ -82,6 +82,11 @@ def links(run: Run, order: Sequence[int]) -> dict[str, str]:
       f'--config.mesh.tensor={within["tensor"]} would keep it within a node'
     )
   return lines
+
+
+def in_axes(sizes: Mapping[str, int]) -> str:
+  """Sizes of axes as 'data 2 · fsdp 4'."""
+  return ' · '.join(f'{axis} {size}' for axis, size in sizes.items())
 
 
 def in_ranges(numbers: Sequence[int]) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from gptjax import (
@@ -25,6 +24,7 @@ from gptjax import (
   hosts,
   metrics,
   preemption,
+  process,
   sharding,
   skips,
   summary,
@@ -76,7 +76,7 @@ def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
   workdir = epath.Path(config.workdir)
   wanted, fix = 'a folder to read and write in', 'more room, or --config.workdir=runs/…'
   with told_as(f'workdir {workdir}', wanted, fix, OSError):
-    since = time.perf_counter() - metrics.process_seconds()
+    since = time.perf_counter() - process.age()
     workdir.mkdir(parents=True, exist_ok=True)
     with Lease(workdir, enabled=hosts.first()), preemption.listening() as notice:
       while True:
@@ -85,14 +85,6 @@ def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
         except GivenUp as e:
           since = time.perf_counter()
           roll_back(run, workdir, e.rollback)
-
-
-def keep_compiled(wanted: bool, workdir: epath.Path) -> None:
-  """Keeps what is compiled in the workdir, so that the next start need not compile it again."""
-  # A folder that the environment names is meant for more runs than this one.
-  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(workdir / 'cache')
-  jax.config.update('jax_compilation_cache_dir', folder if wanted else None)
-  compilation_cache.reset_cache()  # of a run in this process before
 
 
 def go_on(
@@ -112,7 +104,7 @@ def go_on(
   (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK):
     raise PermissionError('not writable')
-  keep_compiled(config.compute.cache, workdir)
+  ahead.cache_in(workdir, config.compute.cache)
   hosts.meet()
   commit = git_commit()
   saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', run.save_keep, run.save_keep_every)
@@ -238,7 +230,7 @@ def roll_back(run: Run, workdir: epath.Path, bad: skips.Rollback) -> None:
   good = max((s for s in there if s <= bad.start and s not in tried), default=0)
   # All take what the first one saw: it may be deleting old ones.
   good = int(hosts.all_say(str(good))[0])
-  if not good and (tried or bad.start >= 3 * max(run.save_every, run.ramp.rungs[-1].batch)):
+  if not good and (tried or bad.start >= first_is_whole(run)):
     raise mistake('stability', got, 'a checkpoint before them that was not tried', fix)
   rollback = dataclasses.replace(bad, start=good)
   hosts.say(f'rollback {told(bad)}: {told(rollback)} are left out from here on')
@@ -261,14 +253,18 @@ def told_from_where(checkpoints: checkpoint.Checkpoints) -> Iterator[None]:
     raise
 
 
+def first_is_whole(run: Run) -> int:
+  """Sequences after which the first checkpoint is: when the third is due, as none overtakes."""
+  return 3 * max(run.save_every, run.ramp.rungs[-1].batch)
+
+
 def check_nothing_lost(workdir: epath.Path, run: Run, reached: int) -> None:
   """Raises where metrics reach past checkpoints that are gone: starting anew would erase them too.
 
   A run that was killed before its first checkpoint was complete may start anew.
   """
-  # When the third checkpoint is due, the first is complete: none starts before the last is.
   trained = reached - sum(max(0, min(r.stop, reached) - r.start) for r in run.skipped)
-  if run.save_every and trained >= 3 * max(run.save_every, run.ramp.rungs[-1].batch):
+  if run.save_every and trained >= first_is_whole(run):
     raise mistake(
       'workdir',
       f'{workdir} without checkpoints, and metrics up to sequence {reached:,}',

@@ -4,6 +4,7 @@ import json
 import pathlib
 import signal
 import subprocess
+import time
 
 from configs import tiny
 from gptjax import metrics, schedule, sharding, train
@@ -74,6 +75,13 @@ def args(workdir, corpus, **settings):
 
 def records(workdir, kind='train'):
   """Of the metrics of a run, without what depends on the machine's speed."""
-  timed = ('seconds', 'tokens_per_second', 'mfu', 'peak_bytes', 'time')
-  timeless = lambda r: {k: v for k, v in r.items() if k not in timed}
-  return [timeless(r) for r in metrics.read(workdir) if r['kind'] == kind]
+  return metrics.timeless(workdir, kind)
+
+
+def wait_for_records(workdir, process, count):
+  """Until a run that was started has written so many records, or has ended."""
+  path = pathlib.Path(workdir) / metrics.FILE
+  while process.poll() is None:
+    if path.exists() and len(path.read_bytes().splitlines()) >= count:
+      return
+    time.sleep(0.01)

@@ -23,6 +23,7 @@ FLOORS = {
   'integrity': 0.5,
   'preemption': 0,
   'watchdog': 0,
+  'process': 0,
   'corruption': 1,
   'lease': 0.5,
   'goodput': 0,

@@ -11,7 +11,7 @@ import pytest
 from gptjax import lease
 from gptjax.errors import Mistake
 from gptjax.lease import Lease
-from tests.runs import args, records
+from tests.runs import args, records, wait_for_records
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +130,7 @@ def test_a_second_run_is_refused_and_one_after_a_kill_goes_on(
   straight, corpus, tmp_path, start_python, run_python
 ):
   first = start_python(args(tmp_path, corpus, train_tokens=1e6))
-  path = tmp_path / 'metrics.jsonl'
-  while first.poll() is None and not (path.exists() and len(path.read_bytes().splitlines()) > 3):
-    time.sleep(0.01)
+  wait_for_records(tmp_path, first, 4)
   told = run_python(args(tmp_path, corpus, train_tokens=1e6), timeout=60, code=2).stderr
   assert f'process {first.pid} on ' in told and 'another workdir' in told
   assert first.poll() is None

@@ -7,16 +7,14 @@ import pytest
 
 from gptjax import checkpoint, goodput, integrity, metrics, preemption, train
 from gptjax.errors import Mistake
-from tests.runs import args, config, records
+from tests.runs import args, config, records, wait_for_records
 
 
 def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(
   straight, corpus, tmp_path, start_python, run_python
 ):
   process = start_python(args(tmp_path, corpus))
-  path = tmp_path / 'metrics.jsonl'
-  while process.poll() is None and not (path.exists() and len(path.read_bytes().splitlines()) > 6):
-    pass
+  wait_for_records(tmp_path, process, 7)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=100)
   assert process.returncode == preemption.AGAIN == 75
@@ -62,9 +60,7 @@ def test_a_run_accounts_for_its_time(corpus, tmp_path):
 
 def test_lost_steps_are_counted_when_they_are_taken_again(corpus, tmp_path, start_python):
   process = start_python(args(tmp_path, corpus, save__every_tokens=0.0))
-  path = tmp_path / 'metrics.jsonl'
-  while process.poll() is None and not (path.exists() and len(path.read_bytes().splitlines()) > 6):
-    pass
+  wait_for_records(tmp_path, process, 7)
   process.kill()
   process.communicate()
   taken = len(records(tmp_path))

@@ -14,7 +14,6 @@ from benchmarks import chaos
 from gptjax import checkpoint, preemption, skips, train
 from gptjax.config import resolve
 from gptjax.errors import Mistake
-from tests import small
 from tests.conftest import DEVICES, FAST
 from tests.runs import args, config, records
 
@@ -39,11 +38,7 @@ def run(workdir, corpus, **settings):
 def end_of(workdir, corpus):
   """The last checkpoint's place and state, as NumPy."""
   c = config(workdir, corpus, **SETTINGS | {'mesh__data': 1})
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep=9)
-  with small.on():
-    abstract = resolve(c, jax.devices()[:1]).program.abstract_state()
-    state = checkpoints.restore(checkpoints.latest(), abstract)
-  return checkpoints.latest(), jax.tree.map(np.asarray, state)
+  return chaos.end_of(workdir, resolve(c, jax.devices()[:1]))[:2]
 
 
 def assert_same_end(a, b, corpus):

@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 from jax._src.array import ArrayImpl
 
+from benchmarks import chaos
 from configs import tiny
 from gptjax import checkpoint, integrity, schedule, sharding, train
 from gptjax.config import resolve
@@ -22,18 +23,13 @@ from gptjax.data import corpora, dataset, loader, mixture
 from gptjax.data.mixture import Mixture, Stage
 from gptjax.errors import Mistake
 from tests import small
-from tests.runs import CONTEXT, SETTINGS, args, config, make_corpus, records
+from tests.runs import CONTEXT, args, config, make_corpus, records, wait_for_records
 
 
 def state_of(workdir):
   """The last checkpoint as NumPy, and its record."""
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep=9)
-  c = tiny.get_config()
-  c.update_from_flattened_dict(SETTINGS | {'mesh.data': 1})
-  with small.on():
-    abstract = resolve(c, jax.devices()[:1]).program.abstract_state()
-    state = checkpoints.restore(checkpoints.latest(), abstract)
-  return jax.tree.map(np.asarray, state), checkpoints.record(checkpoints.latest())
+  run = resolve(config(workdir, 'data/x', mesh__data=1), jax.devices()[:1])
+  return chaos.end_of(workdir, run)[1:]
 
 
 def test_run_says_and_leaves_what_it_should(straight, corpus):
@@ -432,14 +428,11 @@ def test_config_of_another_program_is_told(run_python):
   assert 'wanted a training config' in done.stderr and 'Traceback' not in done.stderr
 
 
-@pytest.mark.parametrize('records', [0, 1, 9], ids=['compiling', 'before a save', 'after a save'])
-def test_interrupt_ends_without_a_traceback(corpus, tmp_path, start_python, records):
+# A start, the baseline, and then the first step compiles; a save is a record too.
+@pytest.mark.parametrize('count', [2, 3, 12], ids=['compiling', 'before a save', 'after a save'])
+def test_interrupt_ends_without_a_traceback(corpus, tmp_path, start_python, count):
   process = start_python(args(tmp_path, corpus, train_tokens=1e6))  # longer than the test waits
-  path = tmp_path / 'metrics.jsonl'  # begins with the baseline, and then the first step compiles
-  while process.poll() is None:
-    if path.exists() and len(path.read_bytes().splitlines()) > records:
-      break
-    time.sleep(0.02)
+  wait_for_records(tmp_path, process, count)
   process.send_signal(signal.SIGINT)
   _, told = process.communicate(timeout=120)
   assert process.returncode == 130, told
@@ -447,7 +440,7 @@ def test_interrupt_ends_without_a_traceback(corpus, tmp_path, start_python, reco
   last = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=9).latest() or 0
   where = f'last checkpoint, sequence {last:,}' if last else 'start: none was saved yet'
   assert f'stopped; the same command goes on from the {where}' in told
-  assert bool(last) == (records == 9)
+  assert bool(last) == (count == 12)
 
 
 def test_another_seed_or_model_never_resumes(straight, corpus):
