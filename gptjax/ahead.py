@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax import checkpoint, files, sharding
+from gptjax import checkpoint, files, hosts, sharding
 from gptjax.config import Run
 from gptjax.data import dataset
 from gptjax.errors import Mistake, mistake, told_as
@@ -66,7 +66,7 @@ def cache_in(workdir: epath.Path, wanted: bool) -> None:
 
 def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
   """What to call as `Program.train_step`: from the run's file, or compiled by its first call."""
-  return load(run.compiled, run, mesh) if run.compiled else _jitted(run)
+  return load(run.compiled, run, mesh) if run.compiled else hosts.compiled_by_all(_jitted(run))
 
 
 def _jitted(run):

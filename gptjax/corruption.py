@@ -34,7 +34,7 @@ def comparing() -> Callable[[dict], None]:
       local = lambda state: jnp.stack([_sum(a) for a in jax.tree.leaves(state)])[None]
       every = P(jax.sharding.get_mesh().axis_names)
       mapped = jax.shard_map(local, in_specs=(specs,), out_specs=every, check_vma=False)
-      sums = jax.jit(mapped)
+      sums = hosts.compiled_by_all(jax.jit(mapped))
     # A row of sums from each device, of its own parts.
     rows = sums(state).addressable_shards
     mine = {str(row.device.id): np.asarray(row.data)[0].tolist() for row in rows}
@@ -62,7 +62,8 @@ def repeating(train_step: Callable) -> Callable:
 
   The check raises a Mistake if the bits of the two differ.
   """
-  digest = jax.jit(lambda *args: jax.tree.map(_sum, train_step(*args)))
+  sums = jax.jit(lambda *args: jax.tree.map(_sum, train_step(*args)))
+  digest = hosts.compiled_by_all(sums)
 
   def check(*args) -> None:
     first, second = (jax.device_get(digest(*args)) for _ in range(2))

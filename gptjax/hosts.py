@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
@@ -187,6 +187,25 @@ def meet() -> None:
 def all_say(mine: str) -> list[str]:
   """What each process says, in their order. All must ask at the same place."""
   return _exchange(mine) if jax.process_count() > 1 else [mine]
+
+
+def compiled_by_all(jitted: Callable) -> Callable:
+  """The same function of one kind of arguments, called when all processes have compiled it.
+
+  Gloo waits for half a minute (jax-ml/jax issue 40831), and a compilation may take longer.
+  """
+  if jax.process_count() == 1:
+    return jitted
+  compiled = None
+
+  def call(*args):
+    nonlocal compiled
+    if not compiled:
+      compiled = jitted.lower(*args).compile()
+      meet()
+    return compiled(*args)
+
+  return call
 
 
 AHEAD = 3  # steps: who has read the metrics of one knows that all others have begun it

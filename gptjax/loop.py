@@ -43,7 +43,7 @@ class Trainer:
     self.writer, self.bar, self.workdir = writer, bar, workdir
     self.shape = run.program.shape
     self.train_step = train_step
-    self.eval_step = jax.jit(run.program.eval_step)
+    self.eval_step = hosts.compiled_by_all(jax.jit(run.program.eval_step))
     self.copies_agree = corruption.comparing()
     self.repeats = corruption.repeating(run.program.train_step)
     self.windows = corpora.stream(mixed, run.program.seed)

@@ -61,6 +61,36 @@ def test_any_axis_may_cross_the_processes(corpus, tmp_path, together, mesh):
       assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
 
 
+LATE = """
+import sys, time
+import jax
+from jax import P, lax
+from gptjax import hosts, sharding
+
+hosts.join(sys.argv[1])
+jax.set_mesh(sharding.make_mesh(1, 2, 1))
+
+def scattered(x):
+  if hosts.first():
+    time.sleep(40)  # as if it took that long to compile
+  return lax.psum_scatter(x, 'fsdp', tiled=True)
+
+jitted = jax.jit(jax.shard_map(scattered, in_specs=P(), out_specs=P('fsdp'), check_vma=False))
+scatter = hosts.compiled_by_all(jitted)
+(part,) = scatter(jax.numpy.ones(8)).addressable_shards
+assert part.data.tolist() == [2] * 4
+"""
+
+
+@pytest.mark.slow
+def test_who_compiles_for_long_is_waited_for(start_python, free_port):
+  """Gloo's sums that are scattered give up after half a minute."""
+  at = f'127.0.0.1:{free_port()},2'
+  processes = [start_python(['-c', LATE, f'{at},{i}']) for i in range(2)]
+  for process in processes:
+    finished(process)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('processes, devices', [(2, 2), (1, 4)])
 def test_four_processes_are_gone_on_with_by_fewer(
