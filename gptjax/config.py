@@ -193,8 +193,8 @@ def _at_least(name, value, least, most=None):
 
 
 def _workdir(workdir):
-  if not workdir or '://' in workdir:
-    raise mistake('workdir', workdir or 'none', 'a local folder', '--config.workdir=runs/…')
+  if not workdir:
+    raise mistake('workdir', 'none', 'a folder', '--config.workdir=runs/…, or gs://bucket/folder')
   with told_as('workdir', 'a name in UTF-8', '--config.workdir=runs/…', UnicodeError):
     workdir.encode()
 

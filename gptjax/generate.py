@@ -8,10 +8,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
-from gptjax import checkpoint, flags, sharding
+from gptjax import checkpoint, files, flags, sharding
 from gptjax.config import check_knobs, check_seed, resolve
 from gptjax.data import tokenizer
 from gptjax.errors import mistake, told_as
@@ -26,9 +25,9 @@ def main(config: ConfigDict) -> None:
     raise mistake('what to sample', got, wanted, '--config.tokens=100 --config.temperature=0.8')
   with told_as('prompt', 'UTF-8 text', 'another --config.prompt', UnicodeError):
     config.prompt.encode()
-  workdir = epath.Path(config.workdir)
+  workdir = files.folder(config.workdir)
   check_seed(config.seed)
-  if '://' in config.workdir or not (workdir / 'config.json').exists():
+  if not (workdir / 'config.json').exists():
     got = f'{config.workdir}, without a config.json'
     raise mistake(
       'workdir', got, 'the workdir of a run', 'training one, or --config.workdir=runs/…'

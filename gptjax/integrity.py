@@ -26,7 +26,7 @@ def write_list(folder: epath.Path, index: int = 0, count: int = 1) -> None:
 
 def complete(folder: epath.Path) -> bool:
   """Whether every process has listed what it wrote; nothing is read."""
-  listed = [path.name for path in folder.glob('sums.*-of-*.json')]
+  listed = _lists(folder)
   return bool(listed) and len(listed) == int(re.findall(r'\d+', listed[0])[1])
 
 
@@ -35,12 +35,12 @@ def damage(folder: epath.Path, index: int = 0, count: int = 1) -> str:
 
   Process 0 looks for lists and files that are missing, and each one reads its share of the files.
   """
-  listed = sorted(path for path in folder.glob('sums.*-of-*.json'))
+  listed = _lists(folder)
   if not listed:
     return f'no list of its files: {UNFINISHED}'
   wanted = {}
   try:
-    lists = [json.loads(path.read_text()) for path in listed]
+    lists = [json.loads((folder / name).read_text()) for name in listed]
     for each in lists:
       wanted |= each['files']
     lacking = lists[0]['count'] - len(lists)
@@ -60,6 +60,10 @@ def damage(folder: epath.Path, index: int = 0, count: int = 1) -> str:
     except OSError as e:
       return f'{name} cannot be read: {e.strerror}'
   return ''
+
+
+def _lists(folder):
+  return [n for n in files.names(folder) if re.fullmatch(r'sums\.\d+-of-\d+\.json', n)]
 
 
 def _names(folder, inside=''):

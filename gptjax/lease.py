@@ -1,12 +1,16 @@
 """One live run in a workdir: a second one is refused, and one after a crash takes over.
 
-Not a lock of the file system, which many of those that machines share do not have: the holder
-writes a file anew every few seconds, and who finds it unchanged for long enough takes it.
+Not a lock of the file system, which shared ones and buckets do not have: each run that wants a
+workdir writes a claim of its own there, and then looks whether there are others. Of two that come
+at once at least one sees the other, and who sees another goes back. The holder writes its claim
+anew every few seconds; who finds one unchanged for long enough knows that its run is dead.
 """
 
 import contextlib
 import json
 import os
+import random
+import re
 import socket
 import sys
 import threading
@@ -17,11 +21,12 @@ from pathlib import Path
 from etils import epath
 
 from gptjax import files, process
-from gptjax.errors import mistake
+from gptjax.errors import Mistake, mistake
 
-FILE = 'lease.json'
+NAME = 'lease.{}.json'
 RENEWED = 5.0  # seconds after which the holder writes it anew
 EXPIRES = 30.0  # seconds unchanged, after which its holder is dead
+TOLD = 2.0  # seconds of waiting before it is said
 
 
 class Lease:
@@ -31,22 +36,18 @@ class Lease:
     Mistake: on entering, if another run holds the workdir and is alive.
   """
 
-  def __init__(self, workdir: epath.Path, *, enabled: bool = True):
+  def __init__(self, workdir: str | os.PathLike, *, enabled: bool = True):
     """With `enabled` False, as in every process of a run but one, it does nothing."""
-    self._path, self._enabled = epath.Path(workdir) / FILE, enabled
-    self._me = {
-      'id': uuid.uuid4().hex,
-      'where': _here(),
-      'pid': os.getpid(),
-      'began': process.began(),
-    }
+    self._workdir, self._enabled = epath.Path(workdir), enabled
+    self._path = self._workdir / NAME.format(uuid.uuid4().hex)
+    self._me = {'where': _here(), 'pid': os.getpid(), 'began': process.began()}
     self._left, self._thread = threading.Event(), None
-    self._renewals = 0
+    self._renewals, self._renewed = 0, time.monotonic()
 
   def __enter__(self) -> 'Lease':
     if self._enabled:
-      while not self._take(self._dead_holder()):
-        pass
+      while not self._claim():
+        time.sleep(random.uniform(0, RENEWED / 10))  # so that they do not meet again
       self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
       self._thread.start()
     return self
@@ -55,97 +56,99 @@ class Lease:
     if self._thread:
       self._left.set()
       self._thread.join()
-      if (holder := self._read()) and holder['id'] == self._me['id']:
-        self._path.unlink()
+      self._path.unlink(missing_ok=True)
 
-  def _dead_holder(self) -> dict | None:
-    """The one that had it and is dead, if need be after waiting for that; None if nobody had it."""
-    seen, since = self._read(), time.monotonic()
-    while seen and not _dead(seen):
-      if seen['where'] == self._me['where']:
-        raise self._refusal(seen)
-      if time.monotonic() - since >= EXPIRES:
-        break
-      time.sleep(RENEWED / 10)
-      now = self._read()
-      if now and now != seen:
-        raise self._refusal(now)
-      seen = now
-    return seen
-
-  def _take(self, dead: dict | None) -> bool:
-    """Takes the place of a dead holder, or none, unless somebody else did before."""
-    mine, taking = Path(f'{self._path}.{self._me["id"]}'), Path(f'{self._path}.taking')
-    mine.write_text(json.dumps(self._me | {'renewed': 0}))
-    try:
-      os.link(mine, taking)  # one at a time: it fails if there is one
-    except FileExistsError:
-      mine.unlink()
-      self._forget(taking)
+  def _claim(self) -> bool:
+    """Claims the workdir when nobody else does; returns whether it has it."""
+    self._wait_for_others()
+    self._write(holds=False)
+    if self._others():
+      self._path.unlink()
       return False
-    try:
-      if self._read() != dead:
-        return False
-      os.replace(mine, self._path)
-    finally:
-      mine.unlink(missing_ok=True)
-      taking.unlink()
-    return True
+    return self._write(holds=True)
 
-  def _forget(self, taking: Path) -> None:
-    """Waits a moment for who takes it now, whose mark goes if it died with it."""
-    time.sleep(RENEWED / 100)
-    with contextlib.suppress(FileNotFoundError):
-      other = _parsed(taking.read_text())
-      if not other or _dead(other) or time.time() - taking.stat().st_mtime > EXPIRES:
-        taking.unlink()
+  def _wait_for_others(self) -> None:
+    """Returns when no other claim is there, once the dead ones are deleted."""
+    seen, since, began = {}, {}, time.monotonic()
+    while others := self._others():
+      now = time.monotonic()
+      for path, claim in others.items():
+        if _dead(claim):
+          path.unlink(missing_ok=True)
+          continue
+        changed = seen.get(path, claim) != claim
+        if claim.get('holds') and (changed or claim['where'] == self._me['where']):
+          raise self._refusal(claim)
+        if changed or path not in seen:
+          seen[path], since[path] = claim, now
+        elif now - since[path] >= EXPIRES:
+          path.unlink(missing_ok=True)
+      if now - began > TOLD:
+        began = now + EXPIRES
+        told = ', '.join(map(_told, others.values()))
+        print(
+          f'lease    waiting up to {EXPIRES:.0f} s to see whether {told} still trains',
+          file=sys.stderr,
+          flush=True,
+        )
+      time.sleep(RENEWED / 50)
 
-  def _refusal(self, holder):
-    got = f'{self._path.parent}, in which process {holder["pid"]} on {holder["where"][0]} trains'
+  def _refusal(self, claim: dict) -> Mistake:
+    got = f'{self._workdir}, in which {_told(claim)} trains'
     return mistake('workdir', got, 'one run at a time', 'another workdir, or ending that run')
 
   def _renew(self) -> None:
     while not self._left.wait(RENEWED):
-      try:
-        holder = self._read()
-        if holder and holder['id'] != self._me['id']:
-          break
-        self._write()
-      except OSError:
-        continue  # a store that is away for a moment: its holder is not dead yet
-    else:
-      return
-    told = f'error: {self._refusal(holder)}; it took over, as this one seemed dead'
-    print(told, file=sys.stderr, flush=True)
-    os._exit(1)  # without saving: the workdir is no longer its own
+      # A store may be away for a moment; so long, its holder is not dead.
+      with contextlib.suppress(Exception):
+        if not self._path.exists() or not self._write(holds=True):
+          print(
+            f'error: workdir {self._workdir}: another run took it over, as this one seemed dead',
+            file=sys.stderr,
+            flush=True,
+          )
+          os._exit(1)  # without saving: the workdir is no longer its own
 
-  def _write(self) -> None:
+  def _write(self, *, holds: bool) -> bool:
+    """Writes its claim; False if it came so late that another one took over meanwhile."""
     self._renewals += 1
-    files.write_whole(self._path, json.dumps(self._me | {'renewed': self._renewals}))
+    self._path.write_text(json.dumps(self._me | {'holds': holds, 'renewed': self._renewals}))
+    before, self._renewed = self._renewed, time.monotonic()
+    if self._renewed - before < EXPIRES or not holds or not self._others():
+      return True
+    self._path.unlink()
+    return False
 
-  def _read(self) -> dict | None:
-    try:
-      return _parsed(self._path.read_text())
-    except FileNotFoundError:
-      return None
+  def _others(self) -> dict[epath.Path, dict]:
+    """The claims of others; one that is being written, or was cut, says nothing."""
+    found = {}
+    for name in files.names(self._workdir):
+      path = self._workdir / name
+      if re.fullmatch(NAME.format(r'\w+'), name) and path != self._path:
+        with contextlib.suppress(FileNotFoundError):
+          found[path] = _parsed(path.read_text())
+    return found
 
 
-def _parsed(text: str) -> dict | None:
-  """What a file tells of its holder; None if it was cut, or is none of ours."""
+def _parsed(text: str) -> dict:
   try:
     found = json.loads(text)
   except ValueError:
-    return None
-  ours = isinstance(found, dict) and {'id', 'where', 'pid', 'began'} <= found.keys()
-  return found if ours else None
+    return {}
+  ours = isinstance(found, dict) and {'where', 'pid', 'began', 'holds'} <= found.keys()
+  return found if ours else {}
 
 
-def _dead(holder: dict) -> bool:
+def _told(claim: dict) -> str:
+  return f'process {claim["pid"]} on {claim["where"][0]}' if claim else 'another run'
+
+
+def _dead(claim: dict) -> bool:
   """Whether it ran on this machine and does no more."""
-  if holder['where'] != _here():
+  if claim.get('where') != _here():
     return False
   try:
-    return process.began(holder['pid']) != holder['began']
+    return process.began(claim['pid']) != claim['began']
   except OSError:
     return True
 

@@ -1,5 +1,7 @@
 """The loop of training, and what it does between steps."""
 
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 
@@ -7,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gptjax import corruption, hosts, metrics, schedule, skips, stability
+from gptjax import corruption, files, hosts, metrics, schedule, skips, stability
 from gptjax.config import Run
 from gptjax.data import dataset, loader
 from gptjax.data.corpora import Corpora
@@ -50,7 +52,7 @@ class Trainer:
     self.unread = None  # a step, its rate, and its metrics, which may still be being computed
     self.clock = time.perf_counter()  # when the time began that the unread step is charged with
     self.warm = False  # whether a step has run, so that the next one's time is not a compilation
-    self.tracing = False
+    self.tracing = ''  # the folder of the trace that is being taken
     self.ending = hosts.Request('end')
     self.streak = 0  # of bad steps, as far as they were read
 
@@ -223,17 +225,22 @@ class Trainer:
   def trace(self, step: schedule.Step | None) -> None:
     """Starts and ends the profiler's trace around the steps that the config names."""
     wanted = step is not None and step.number in self.run.profile
-    if wanted != self.tracing:
+    if wanted != bool(self.tracing):
       self.read()
       if wanted:
-        jax.profiler.start_trace(str(self.workdir / 'profile'))
-        self.tracing = True
+        self.tracing = str(self.workdir / 'profile')
+        if files.in_bucket(self.workdir):  # where the profiler cannot write
+          self.tracing = tempfile.mkdtemp(prefix='gptjax-profile-')
+        jax.profiler.start_trace(self.tracing)
       else:
         self.close()
       self.clock = time.perf_counter()
 
   def close(self) -> None:
     """Ends a trace that is being taken; may be called twice."""
-    if self.tracing:
+    folder, self.tracing = self.tracing, ''
+    if folder:
       jax.profiler.stop_trace()
-    self.tracing = False
+      if files.in_bucket(self.workdir):
+        files.copy(folder, self.workdir / 'profile')
+        shutil.rmtree(folder)

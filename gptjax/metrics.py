@@ -1,25 +1,25 @@
-"""What a run tells of itself: records on disk, TensorBoard, a progress bar, throughput and MFU."""
+"""What a run tells of itself: records, TensorBoard, W&B, a progress bar, throughput and MFU."""
 
 import collections
-import json
-import math
 import os
-import pathlib
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from typing import TextIO
 
 import jax
 import tensorboardX
 import tqdm
+from etils import epath
 
-from gptjax import files
-from gptjax.errors import Mistake, mistake, told_as
+from gptjax import files, journal
+from gptjax.errors import Mistake
 
-FILE = 'metrics.jsonl'
-TIMED = {'time', 'seconds', 'tokens_per_second', 'mfu', 'peak_bytes'}
-REQUIRED = {'kind': str, 'step': int, 'sequences': int, 'tokens': int}
+EVENTS_PER_FILE = 50_000  # of TensorBoard's in a bucket: some 4 MB
+SEND_SECONDS = 30.0  # after which such a file is sent anew
 
 # Dense bf16 FLOP/s of one JAX device, by the exact `device_kind`: data sheets often print the
 # doubled figure for structured sparsity, and a part of a name is shared by chips that differ
@@ -98,17 +98,14 @@ class Throughput:
 
 
 class MetricsWriter:
-  """Appends records to `workdir/metrics.jsonl`, and to TensorBoard and W&B if asked to.
+  """Writes records, flat dicts with `kind`, `step`, `sequences` and `tokens`, wherever asked to.
 
-  A record is a flat dict with `kind`, `step`, `sequences`, `tokens`. The JSONL file holds each
-  position once: whatever lies after `resume_at`, the sequences consumed at the checkpoint that is
-  resumed from, is dropped first, and with 0 all is, but records of kind `start`. `lost` tells of
-  what is dropped: its `steps`, and when the last record of all was `heard`. TensorBoard forgets the
-  same steps; W&B cannot, and shows both. NaN and the infinities are the strings 'NaN', 'Infinity'
-  and '-Infinity', since JSON has no such numbers; `read` gives the floats back.
+  They go to the workdir (`journal.Journal`, which drops what lies after `resume_at`), TensorBoard,
+  which forgets the same steps, and W&B, which cannot, and shows both. `lost` tells of what is
+  dropped: its `steps`, and when the last record of all was `heard`.
 
   Raises:
-    Mistake: wandb is asked for and not installed, or the file is damaged.
+    Mistake: wandb is asked for and not installed, or the records are damaged.
   """
 
   def __init__(
@@ -121,67 +118,58 @@ class MetricsWriter:
     enabled: bool = True,
   ):
     """With `enabled` False, as in every process of a run but one, nothing is written."""
-    self._file = self._tensorboard = self._wandb = None
+    self._log = self._tensorboard = self._wandb = None
     self.lost = {'steps': 0, 'heard': None}
     if not enabled:
       return
     wandb = import_wandb() if wandb_project else None
-    path = _path(workdir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept, dropped = _keep(path, resume_at)
+    workdir = files.folder(workdir)
+    self._log = journal.Journal(workdir, resume_at)
+    kept, dropped = self._log.kept, self._log.dropped
     heard = max((r['time'] for r in [*kept, *dropped] if 'time' in r), default=None)
     self.lost = {'steps': sum(r['kind'] == 'train' for r in dropped), 'heard': heard}
-    self._file = path.open('a')
     if tensorboard:
       # What TensorBoard has at or after `purge_step` is forgotten. If there is no record to tell
       # the tokens at `resume_at`, nothing can be.
       purge = max(r['tokens'] for r in kept) + 1 if kept else None if resume_at else 0
-      self._tensorboard = tensorboardX.SummaryWriter(
-        str(path.parent / 'tensorboard'),
-        purge_step=purge,
-        flush_secs=10,
-        # Its own file names differ by the second only, and it overwrites one that is there.
-        filename_suffix=f'.{time.time_ns()}',
-      )
+      self._tensorboard = _TensorBoard(workdir, purge)
     if wandb:
-      self._wandb = wandb.init(project=wandb_project, name=path.parent.name, dir=str(path.parent))
+      folder = tempfile.gettempdir() if files.in_bucket(workdir) else str(workdir)
+      self._wandb = wandb.init(project=wandb_project, name=workdir.name, dir=folder)
       self._wandb.define_metric('*', step_metric='tokens')
 
   def write(self, record: dict) -> None:
-    """Writes one record with the `time` and flushes it; values that are None are left out."""
-    if not self._file:
+    """Writes one record with the `time`; values that are None are left out."""
+    if not self._log:
       return
     record = record | {'time': round(time.time(), 3)}
     record = {name: _plain(value) for name, value in record.items() if value is not None}
     kind, tokens = record['kind'], record['tokens']
-    assert {'step', 'sequences'} <= record.keys(), record
-    encoded = {name: _encode(value) for name, value in record.items()}
-    self._file.write(json.dumps(encoded, allow_nan=False) + '\n')
-    self._file.flush()
+    assert journal.REQUIRED.keys() <= record.keys(), record
+    self._log.append(record)
     scalars = {
       f'{kind}/{name}': value
       for name, value in record.items()
       if name not in ('tokens', 'time') and isinstance(value, int | float)
     }
     if self._tensorboard:
-      for name, value in scalars.items():
-        self._tensorboard.add_scalar(name, value, tokens)
+      self._tensorboard.add(scalars, tokens)
     if self._wandb:
       self._wandb.log(scalars | {'tokens': tokens})
 
   def sync(self) -> None:
-    """Returns when what was written is on disk, whatever happens to the machine."""
-    if self._file:
-      os.fsync(self._file.fileno())
+    """Returns when what was written is safe, whatever happens to the machine."""
+    if self._log:
+      self._log.sync()
 
   def close(self) -> None:
     """Ends all that is written to; may be called twice."""
-    for sink in (self._file, self._tensorboard):
+    for sink in (self._log, self._tensorboard):
       if sink:
         sink.close()
     if self._wandb:
       self._wandb.finish()
-    self._file = self._tensorboard = self._wandb = None
+    self._log = self._tensorboard = self._wandb = None
 
   def __enter__(self) -> 'MetricsWriter':
     return self
@@ -190,39 +178,50 @@ class MetricsWriter:
     self.close()
 
 
-def read(workdir: str | os.PathLike) -> list[dict]:
-  """The records of a run, in the order they were written.
+class _TensorBoard:
+  """Files of TensorBoard in a workdir; for a bucket they are made here, and sent now and then."""
 
-  Raises:
-    Mistake: there are none, or the file is damaged elsewhere than in its last line.
-  """
-  path = _path(workdir)
-  records = _parse(path) if path.exists() else []
-  if not records:
-    raise mistake(
-      str(path),
-      'no records' if path.exists() else 'no such file',
-      'the metrics of a run',
-      'the workdir of a run that has taken a step',
+  def __init__(self, workdir: epath.Path, purge: int | None):
+    self._to = workdir / 'tensorboard'
+    self._remote = files.in_bucket(workdir)
+    self._folder = tempfile.mkdtemp(prefix='gptjax-tensorboard-') if self._remote else self._to
+    self._thread = futures.ThreadPoolExecutor(1, 'tensorboard')
+    self._sending: futures.Future | None = None
+    self._open(purge)
+
+  def _open(self, purge):
+    self._written, self._sent = 0, time.monotonic()
+    self._writer = tensorboardX.SummaryWriter(
+      str(self._folder),
+      purge_step=purge,
+      flush_secs=10,
+      # Its own file names differ by the second only, and it overwrites one that is there.
+      filename_suffix=f'.{time.time_ns()}',
     )
-  return records
 
+  def add(self, scalars: Mapping[str, float], tokens: int) -> None:
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, value, tokens)
+    self._written += len(scalars)
+    if not self._remote or (self._sending and not self._sending.done()):
+      return
+    if self._written >= EVENTS_PER_FILE:
+      self.close()
+      self.__init__(self._to.parent, None)
+    elif time.monotonic() - self._sent >= SEND_SECONDS:
+      self._sent = time.monotonic()
+      self._sending = self._thread.submit(self._send)
 
-def timeless(workdir: str | os.PathLike, kind: str) -> list[dict]:
-  """The records of a kind, without what the speed of the machine is in."""
-  found = [r for r in read(workdir) if r['kind'] == kind]
-  return [{name: value for name, value in r.items() if name not in TIMED} for r in found]
+  def _send(self):
+    self._writer.flush()
+    files.copy(self._folder, self._to)
 
-
-def reached(workdir: str | os.PathLike) -> int:
-  """The sequences consumed at the last record of a run; 0 if there is none.
-
-  Raises:
-    Mistake: the file is damaged elsewhere than in its last line.
-  """
-  path = _path(workdir)
-  records = _parse(path) if path.exists() else []
-  return max((r['sequences'] for r in records if r['kind'] != 'start'), default=0)
+  def close(self) -> None:
+    self._writer.close()
+    self._thread.shutdown()
+    if self._remote:
+      files.copy(self._folder, self._to)
+      shutil.rmtree(self._folder)
 
 
 class ProgressBar:
@@ -307,65 +306,9 @@ class ProgressBar:
     self.close()
 
 
-def _path(workdir: str | os.PathLike) -> pathlib.Path:
-  if '://' in str(workdir):
-    raise mistake('workdir', workdir, 'a folder', 'a bucket mounted as one')
-  return pathlib.Path(workdir).absolute() / FILE
-
-
-def _keep(path: pathlib.Path, resume_at: int) -> tuple[list[dict], list[dict]]:
-  """Drops the records after `resume_at` from the file, or all for 0; returns the others, and these.
-
-  Those of kind `start` stay: they tell of what was lost.
-  """
-  if not path.exists():
-    return [], []
-  # The baseline of a stage that begins here is written again when it does.
-  again = {'kind': 'baseline', 'sequences': resume_at}.items()
-  kept, dropped = [], []
-  for r in _parse(path):
-    stays = 0 < resume_at and r['sequences'] <= resume_at and not again <= r.items()
-    (kept if stays or r['kind'] == 'start' else dropped).append(r)
-  lines = [json.dumps({name: _encode(value) for name, value in r.items()}) + '\n' for r in kept]
-  files.write_whole(path, ''.join(lines))
-  return kept, dropped
-
-
-def _parse(path: pathlib.Path) -> list[dict]:
-  """All records of a file but a last one that was not written to its end."""
-  records = []
-  with told_as(path, 'a readable file', 'another workdir', OSError):
-    lines = path.read_bytes().splitlines()
-  for number, line in enumerate(lines, 1):
-    try:
-      record = json.loads(line)
-      if not all(isinstance(record[name], kind) for name, kind in REQUIRED.items()):
-        raise ValueError
-      records.append({name: _decode(value) for name, value in record.items()})
-    except (ValueError, KeyError, TypeError, AttributeError):
-      if number < len(lines):
-        raise mistake(
-          f'{path}, line {number}', repr(line[:60]), 'a record of a run', 'removing that line'
-        ) from None
-  return records
-
-
-NOT_NUMBERS = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
-
-
 def _plain(value):
   """A scalar of JAX or NumPy as Python's own."""
   return value.item() if hasattr(value, 'item') else value
-
-
-def _encode(value):
-  if isinstance(value, float) and not math.isfinite(value):
-    return next(n for n, v in NOT_NUMBERS.items() if v == value or v != v and value != value)
-  return value
-
-
-def _decode(value):
-  return NOT_NUMBERS.get(value, value) if isinstance(value, str) else value
 
 
 def import_wandb():

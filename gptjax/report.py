@@ -16,7 +16,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
-from gptjax import files, goodput, metrics  # noqa: E402
+from gptjax import files, goodput, journal  # noqa: E402
 from gptjax.errors import Mistake, mistake, raise_all, told_as, told_plainly  # noqa: E402
 
 # Okabe & Ito 2008: told apart by colour-blind readers too. Their yellow is too pale for a line.
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   runs = load(args.workdirs)
-  single = pathlib.Path(args.workdirs[0]) if len(args.workdirs) == 1 else pathlib.Path()
-  out = pathlib.Path(args.out or single / 'report.png')
+  own = len(args.workdirs) == 1 and not files.in_bucket(args.workdirs[0])
+  out = pathlib.Path(args.out or pathlib.Path(args.workdirs[0] if own else '') / 'report.png')
   if out.suffix != '.png':
     raise mistake('--out', out, 'a file named .png', f'--out={out}.png')
   if not out.parent.is_dir():
@@ -78,13 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load(workdirs: Sequence[str]) -> dict[str, list[dict]]:
   """The records of each run, by its name: the last part of its path where that tells it apart."""
-  paths = list(dict.fromkeys(pathlib.Path(workdir).absolute() for workdir in workdirs))
+  paths = list(dict.fromkeys(files.folder(workdir) for workdir in workdirs))
   # A dollar would begin a formula in the legend.
   names = [path.name.replace('$', r'\$') for path in paths]
   runs, mistakes = {}, []
   for path, name in zip(paths, names, strict=True):
     try:
-      records = metrics.read(path)
+      records = journal.read(path)
     except Mistake as e:
       mistakes.append(e)
     else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from etils import epath
 
-from gptjax import hosts, metrics
+from gptjax import hosts, journal
 from gptjax.config import Run
 from gptjax.data.corpora import Corpora
 from gptjax.data.mixture import Mixture
@@ -103,9 +103,9 @@ def in_ranges(numbers: Sequence[int]) -> str:
 def verdict(workdir: epath.Path, corpora: Corpora) -> str:
   """The last held-out losses beside those of unigram models of the same tokens."""
   unigram = corpora.unigram_nats
-  held_out = [r for r in metrics.read(workdir) if r['kind'] == 'validation']
+  held_out = [r for r in journal.read(workdir) if r['kind'] == 'validation']
   if not held_out:
-    return f'held-out loss  not in {metrics.FILE}'
+    return f'held-out loss  not in {journal.FILE}'
   last, rows = held_out[-1], []
   there = sum(map(len, corpora.held_out.values()))
   part = f', over {last["windows"]:,} of {there:,} windows' * (last['windows'] < there)

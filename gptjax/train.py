@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import operator
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from gptjax import (
   files,
   flags,
   hosts,
+  journal,
   metrics,
   preemption,
   process,
@@ -73,11 +73,11 @@ def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
   corpora = open_all(config.data.sources, run.program.shape)
   if config.log.wandb:
     metrics.import_wandb()  # before anything is made
-  workdir = epath.Path(config.workdir)
+  workdir = files.folder(config.workdir)
   wanted, fix = 'a folder to read and write in', 'more room, or --config.workdir=runs/…'
   with told_as(f'workdir {workdir}', wanted, fix, OSError):
     since = time.perf_counter() - process.age()
-    workdir.mkdir(parents=True, exist_ok=True)
+    files.make(workdir)
     with Lease(workdir, enabled=hosts.first()), preemption.listening() as notice:
       while True:
         try:
@@ -101,9 +101,7 @@ def go_on(
     since: when this start began, of `time.perf_counter`.
     notice: of the end of this machine.
   """
-  (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
-  if not os.access(workdir, os.W_OK):
-    raise PermissionError('not writable')
+  files.make(workdir / 'checkpoints')
   ahead.cache_in(workdir, config.compute.cache)
   hosts.meet()
   commit = git_commit()
@@ -115,7 +113,7 @@ def go_on(
     start, taken, starts, stages, changed = checkpoints.newest_whole() or 0, 0, [], [], []
     settings, names = settings_of(config, corpora, {}), {}
     # Before the first process changes anything that the others still look at.
-    reached = metrics.reached(workdir)
+    reached = journal.reached(workdir)
     about = {'hosts': '', 'start': start, 'commit': commit, 'rollbacks': len(rollbacks)}
     hosts.check_alike(settings | about, workdir)
     if start:
@@ -139,7 +137,7 @@ def go_on(
       told = '{setting} was {before}, is {after} from here on'.format_map(change)
       hosts.say(f'change   {told}')
     if start and reached < start:
-      hosts.say(f'metrics  none from sequence {reached:,} to {start:,}: {metrics.FILE} was cut')
+      hosts.say(f'metrics  none from sequence {reached:,} to {start:,}: {journal.FILE} was cut')
     steps = run.ramp.steps(start, taken, skipped)
     if not run.ramp.steps_left(start, skipped):
       if not start:
@@ -269,7 +267,7 @@ def check_nothing_lost(workdir: epath.Path, run: Run, reached: int) -> None:
       'workdir',
       f'{workdir} without checkpoints, and metrics up to sequence {reached:,}',
       'the checkpoints that they tell of',
-      f'another workdir, or moving {metrics.FILE} away to start anew',
+      f'another workdir, or moving {journal.FILE} away to start anew',
     )
 
 

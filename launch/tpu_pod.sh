@@ -55,8 +55,8 @@ done
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || mistake "--slices: got '$slices', wanted a number from 1"
 [[ "${1:-}" == --config=* ]] || mistake "got '${1:-}', wanted --config=…"
 # What lies on a worker's own disk is not seen by the others, and is deleted with the worker.
-[[ " $*" == *" --config.workdir="/* ]] ||
-  mistake "--config.workdir: got none or a relative one, wanted one that --setup mounts"
+[[ " $*" =~ " --config.workdir="(/|gs://) ]] ||
+  mistake "--config.workdir: got none or a relative one, wanted gs://… or one that --setup mounts"
 
 queued=(gcloud compute tpus queued-resources)
 where=(--zone="$zone" "${project[@]}" --quiet)
@@ -70,7 +70,7 @@ nodes=(--node-id="$name")
 install="{ [ -d gptjax ] || git init -q gptjax; } && cd gptjax && git fetch -q ~/gptjax.bundle HEAD \
 && git checkout -q --detach FETCH_HEAD && python3 -m pip install -q --target ~/uv uv \
 && ~/uv/bin/uv venv -q --allow-existing --python='>=3.11,<3.14' .venv \
-&& ~/uv/bin/uv pip install -q -e '.[tpu]' -c constraints.txt"
+&& ~/uv/bin/uv pip install -q -e '.[tpu,gcs]' -c constraints.txt"
 printf -v train ' %q' .venv/bin/python -m gptjax.train "$@"
 
 tell() {

@@ -54,8 +54,8 @@ done
 [ "$type" ] || mistake "--type: got none, wanted a TPU and its size"
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || mistake "--slices: got '$slices', wanted a number from 1"
 [[ "${1:-}" == --config=* ]] || mistake "got '${1:-}', wanted --config=…"
-[[ " $*" == *" --config.workdir="/* ]] ||
-  mistake "--config.workdir: got none or a relative one, wanted one where a storage is mounted"
+[[ " $*" =~ " --config.workdir="(/|gs://) ]] ||
+  mistake "--config.workdir: got none or a relative one, wanted gs://… or a mounted storage"
 
 [ "$dry" ] || command -v xpk >/dev/null || mistake "got no xpk, wanted pip install xpk"
 printf -v command ' %q' python -m gptjax.train "$@"
@@ -67,7 +67,7 @@ else
   run rm -rf "build/xpk-$name"
   run git clone --quiet . "build/xpk-$name"
   from=(--base-docker-image="$base" --script-dir="build/xpk-$name")
-  command="pip install -q -e '.[tpu]' -c constraints.txt && $command"
+  command="pip install -q -e '.[tpu,gcs]' -c constraints.txt && $command"
 fi
 run xpk workload create --workload="$name" --cluster="$cluster" --tpu-type="$type" \
   --num-slices="$slices" "${from[@]}" --command="$command" "${more[@]}"

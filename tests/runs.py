@@ -7,7 +7,7 @@ import subprocess
 import time
 
 from configs import tiny
-from gptjax import metrics, schedule, sharding, train
+from gptjax import journal, schedule, sharding, train
 from gptjax.data import loader, shards
 from tests import texts
 
@@ -75,12 +75,12 @@ def args(workdir, corpus, **settings):
 
 def records(workdir, kind='train'):
   """Of the metrics of a run, without what depends on the machine's speed."""
-  return metrics.timeless(workdir, kind)
+  return journal.timeless(workdir, kind)
 
 
 def wait_for_records(workdir, process, count):
   """Until a run that was started has written so many records, or has ended."""
-  path = pathlib.Path(workdir) / metrics.FILE
+  path = pathlib.Path(workdir) / journal.FILE
   while process.poll() is None:
     if path.exists() and len(path.read_bytes().splitlines()) >= count:
       return

@@ -99,9 +99,11 @@ def test_a_damaged_checkpoint_goes_aside_and_the_one_before_is_used(
   there = sorted(p.relative_to(tmp_path / 'c') for p in (tmp_path / 'c').rglob('*'))
   checkpoints = checkpoint.Checkpoints(tmp_path / 'c', keep=2)
   assert checkpoints.newest_whole() == 16
-  kind = 'aside   ' if damage is empty and not item else 'DAMAGED '
+  kind, name = 'DAMAGED ', '24.0'
+  if damage is empty and not item:
+    kind, name = 'aside   ', '24.unfinished'
   assert f'{kind} checkpoint 24: ' in capsys.readouterr().out
-  assert (tmp_path / 'damaged' / '24.0').exists() and not (tmp_path / 'c' / '24').exists()
+  assert (tmp_path / 'damaged' / name).exists() and not (tmp_path / 'c' / '24').exists()
   with small.on():
     got = checkpoints.restore(16, program.abstract_state())
     jax.tree.map(np.testing.assert_array_equal, got, state)
@@ -120,7 +122,13 @@ def test_an_unfinished_checkpoint_is_none(saved, tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path / 'c', keep=2)
     assert checkpoints.latest() == (16 if at == '24' else None)
   assert checkpoints.newest_whole() is None
-  assert sorted(p.name for p in (tmp_path / 'damaged').iterdir()) == ['16.0', '24.0']
+  aside = tmp_path / 'damaged'
+  there = lambda: sorted(p.name for p in aside.iterdir() if p.is_dir())
+  assert there() == ['16.unfinished', '24.unfinished']
+  assert 'was not finished' in (aside / '24.unfinished.txt').read_text()
+  shutil.copytree(aside / '24.unfinished', tmp_path / 'c' / '32')
+  assert checkpoint.Checkpoints(tmp_path / 'c', keep=2).newest_whole() is None
+  assert there() == ['32.unfinished']  # those of the last start alone
 
 
 def test_no_whole_checkpoint_is_told_and_all_stay(saved, tmp_path):

@@ -125,7 +125,7 @@ def test_temperature_and_seed_reach_the_sample(straight, capsys):
     ({'tokens': 0}, 'tokens 0'),
     ({'seed': -1}, 'seed: got -1'),
     ({'seed': 2**70}, 'seed: got'),
-    ({'workdir': 'gs://bucket/run'}, 'wanted the workdir of a run'),
+    ({'workdir': 's3://bucket/run'}, 'got s3://bucket/run, wanted one of this machine, or gs://'),
     ({'prompt': 'caf\udce9'}, 'prompt: got UnicodeEncodeError: .*, wanted UTF-8 text'),
   ],
 )

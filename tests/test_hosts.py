@@ -155,6 +155,7 @@ def wait_for_steps(workdir, process):
   assert process.poll() is None, process.communicate()
 
 
+@pytest.mark.slow
 def test_after_sigterm_to_one_process_all_save_the_same_step(corpus, tmp_path, together):
   last = terminated(tmp_path, corpus, together)
   assert checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=9).newest_whole() == last

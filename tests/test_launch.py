@@ -282,7 +282,7 @@ def test_a_dry_run_on_gke_says_what_would_run():
   create = ['xpk', 'workload', 'create', *where]
   train = r'exec python -m gptjax.train --config=configs/gpt3.py:xl --config.workdir=/b/xl'
   train += r' --config.data.sources=/b/a\ b'
-  install = "pip install -q -e '.[tpu]' -c constraints.txt && "
+  install = "pip install -q -e '.[tpu,gcs]' -c constraints.txt && "
   folder = 'build/xpk-load'
   base = ['--base-docker-image=python:3.12', f'--script-dir={folder}']
   assert said('xpk.sh', *XPK, *TRAIN) == [
@@ -309,7 +309,7 @@ def test_a_dry_run_on_a_pod_says_what_would_run(fake):
   assert asked == [*QUEUED, 'describe', 'pod', *where, '--format=value(state.state)']
   assert copied == [*QUEUED, 'scp', 'build/pod.bundle', 'pod:gptjax.bundle', *workers]
   assert installed[:-1] == trained[:-1] == [*QUEUED, 'ssh', 'pod', *workers]
-  assert installed[-1].endswith("/uv pip install -q -e '.[tpu]' -c constraints.txt")
+  assert installed[-1].endswith("/uv pip install -q -e '.[tpu,gcs]' -c constraints.txt")
   assert trained[-1] == (
     '--command=cd gptjax && exec .venv/bin/python -m gptjax.train --config=configs/gpt3.py:xl '
     r'--config.workdir=/b/xl --config.data.sources=/b/a\ b'

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import threading
 import time
@@ -20,12 +21,21 @@ def quick(monkeypatch):
   monkeypatch.setattr(lease, 'EXPIRES', 0.5)
 
 
+def claims(workdir):
+  return sorted(workdir.glob('lease.*.json'))
+
+
 def held(workdir):
-  return json.loads((workdir / lease.FILE).read_text())
+  """What is in the one claim that there is."""
+  (path,) = claims(workdir)
+  text = path.read_text()
+  return json.loads(text) if text else held(workdir)  # it was being written
 
 
-def elsewhere(holder):
-  return holder | {'where': ['other', 'boot', 'pid:[1]']}
+def elsewhere(workdir):
+  """The claim of a run on another machine, and its place."""
+  me = {'where': ['other', 'boot', 'pid:[1]'], 'pid': 7, 'began': '1', 'holds': True}
+  return workdir / 'lease.1234.json', me | {'renewed': 1}
 
 
 def test_it_is_held_renewed_and_given_back(tmp_path):
@@ -36,9 +46,9 @@ def test_it_is_held_renewed_and_given_back(tmp_path):
       time.sleep(0.01)
     with pytest.raises(Mistake, match=f'process {os.getpid()} on .* trains, wanted one run'):
       Lease(tmp_path).__enter__()
-  assert not (tmp_path / lease.FILE).exists()
+  assert not claims(tmp_path)
   with Lease(tmp_path, enabled=False):
-    assert not (tmp_path / lease.FILE).exists()
+    assert not claims(tmp_path)
 
 
 def test_a_holder_on_this_machine_that_is_dead_is_not_waited_for(tmp_path, run_python, monkeypatch):
@@ -52,35 +62,40 @@ def test_a_holder_on_this_machine_that_is_dead_is_not_waited_for(tmp_path, run_p
     assert lease._dead(held(tmp_path) | {'began': '1'}) and not lease._dead(held(tmp_path))
 
 
-def test_one_on_another_machine_is_waited_for_as_long_as_it_may_take(tmp_path):
-  (tmp_path / lease.FILE).write_text(json.dumps(elsewhere(Lease(tmp_path)._me)))
+def test_one_on_another_machine_is_waited_for_as_long_as_it_may_take(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(lease, 'TOLD', 0.1)
+  path, other = elsewhere(tmp_path)
+  path.write_text(json.dumps(other))
   start = time.monotonic()
   with Lease(tmp_path):
     assert time.monotonic() - start >= 0.5
-  other = elsewhere(Lease(tmp_path)._me)
+  told = capsys.readouterr().err
+  assert told == 'lease    waiting up to 0 s to see whether process 7 on other still trains\n'
   stop = threading.Event()
 
   def live():
     for i in range(1000):
-      lease.files.write_whole(tmp_path / lease.FILE, json.dumps(other | {'renewed': i}))
+      path.write_text(json.dumps(other | {'renewed': i}))
       if stop.wait(0.02):
         return
 
   thread = threading.Thread(target=live)
   thread.start()
-  while not (tmp_path / lease.FILE).exists():
+  while not path.exists():
     time.sleep(0.001)
-  with pytest.raises(Mistake, match='on other trains'):
+  with pytest.raises(Mistake, match='process 7 on other trains'):
     Lease(tmp_path).__enter__()
   stop.set()
   thread.join()
+  assert claims(tmp_path) == [path]  # who is refused leaves nothing
 
 
 @pytest.mark.parametrize('text', ['{"id"', '', '[1]', '{"a": 1}', '123'])
-def test_a_file_that_tells_of_no_holder_is_none(tmp_path, text):
-  (tmp_path / lease.FILE).write_text(text)
+def test_a_file_that_tells_of_no_holder_is_none_when_it_stays(tmp_path, text):
+  (tmp_path / 'lease.1234.json').write_text(text)
+  start = time.monotonic()
   with Lease(tmp_path):
-    assert held(tmp_path)['pid'] == os.getpid()
+    assert held(tmp_path)['pid'] == os.getpid() and time.monotonic() - start >= 0.5
   assert not [*tmp_path.iterdir()]
 
 
@@ -90,7 +105,7 @@ def test_of_several_that_take_it_at_once_one_has_it(tmp_path, before):
     workdir, at_once, ended = tmp_path / str(i), threading.Barrier(4), []
     workdir.mkdir()
     if before:
-      (workdir / lease.FILE).write_text(before)
+      (workdir / 'lease.1234.json').write_text(before)
 
     def take(workdir=workdir, at_once=at_once, ended=ended):
       one = Lease(workdir)
@@ -106,24 +121,37 @@ def test_of_several_that_take_it_at_once_one_has_it(tmp_path, before):
     for thread in threads:
       thread.join()
     (holder,) = filter(None, ended)
-    assert len(ended) == 4 and held(workdir)['id'] == holder._me['id']
+    assert len(ended) == 4 and claims(workdir) == [pathlib.Path(holder._path)]
     holder.__exit__()
 
 
 LOST = """
-import json, pathlib, sys, time
+import sys, time
 from gptjax import lease
 lease.RENEWED = 0.05
-path = pathlib.Path(sys.argv[1]) / lease.FILE
-with lease.Lease(sys.argv[1]):
-  path.write_text(json.dumps(json.loads(path.read_text()) | {'id': 'another'}))
+with lease.Lease(sys.argv[1]) as mine:
+  mine._path.unlink()
   time.sleep(30)
 """
 
 
 def test_who_lost_it_ends_at_once(tmp_path, run_python):
   done = run_python(['-c', LOST, tmp_path], timeout=60, code=1)
-  assert 'it took over, as this one seemed dead' in done.stderr
+  assert 'another run took it over, as this one seemed dead' in done.stderr
+
+
+def test_who_was_stopped_while_another_took_over_gives_it_up(tmp_path):
+  """Even if its claim is back: it was about to be written when the process was stopped."""
+  first = Lease(tmp_path)
+  assert first._write(holds=True)
+  first._renewed -= 10
+  assert first._write(holds=True)  # nobody came
+  path, other = elsewhere(tmp_path)
+  path.write_text(json.dumps(other))
+  assert first._write(holds=True)  # in time: it is the other that goes back
+  first._renewed -= 10
+  assert not first._write(holds=True)
+  assert claims(tmp_path) == [path]
 
 
 def test_a_second_run_is_refused_and_one_after_a_kill_goes_on(

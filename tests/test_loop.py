@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from gptjax import checkpoint, goodput, integrity, metrics, preemption, train
+from gptjax import checkpoint, goodput, integrity, journal, preemption, train
 from gptjax.errors import Mistake
 from tests.runs import args, config, records, wait_for_records
 
@@ -47,7 +47,7 @@ def test_saves_that_fail_are_told_and_tried_again(corpus, tmp_path, monkeypatch,
 
 def test_a_run_accounts_for_its_time(corpus, tmp_path):
   train.main(config(tmp_path, corpus, mesh__data=8, train_tokens=4096.0))
-  found = metrics.read(tmp_path)
+  found = journal.read(tmp_path)
   kinds = [r['kind'] for r in found]
   assert kinds[:3] == ['start', 'baseline', 'train']
   assert kinds.count('save') == 2 and kinds.count('validation') == 1
@@ -65,7 +65,7 @@ def test_lost_steps_are_counted_when_they_are_taken_again(corpus, tmp_path, star
   process.communicate()
   taken = len(records(tmp_path))
   train.main(config(tmp_path, corpus, mesh__data=8, save__every_tokens=0.0))
-  first, second = (r for r in metrics.read(tmp_path) if r['kind'] == 'start')
+  first, second = (r for r in journal.read(tmp_path) if r['kind'] == 'start')
   assert first['lost_steps'] == 0 and 'heard' not in first
   assert second['lost_steps'] == taken > 3 and second['heard'] > first['time']
   assert len(records(tmp_path)) == 20

@@ -46,6 +46,7 @@ def test_a_plan_is_printed_written_and_its_step_trained_with(here, corpus, tmp_p
   assert runs.records(tmp_path / 'run')[-1]['sequences'] == 32
 
 
+@pytest.mark.slow
 def test_a_search_ranks_what_it_compiled(here, capsys):
   machine = here(plans.CHIP.memory)
   made = plan.best(plans.config(batch__sequences=32), machine, 3)

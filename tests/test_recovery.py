@@ -85,6 +85,7 @@ def test_a_rollback_without_a_checkpoint_starts_anew(poisoned, corpus, tmp_path)
   assert_same_end(tmp_path / 'run', tmp_path / 'by_hand', corpus)
 
 
+@pytest.mark.slow
 def test_rollbacks_end_and_the_run_says_why(poisoned, corpus, tmp_path):
   poisoned.append((range(144, 999), NAN, 1.0))
   settings = {'stability__rollbacks': 2, 'save__keep': 9}
@@ -191,6 +192,7 @@ def test_what_is_saved_in_a_streak_pushes_no_good_checkpoint_out(poisoned, corpu
   assert [r['sequences'] for r in records(tmp_path)][9:13] == [240, 264, 360, 384]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_did_not_help_is_not_gone_back_to_again(poisoned, corpus, tmp_path):
   """The state may be bad before a step shows it."""
   poisoned += [(range(216, 264), NAN, 1.0), (range(264, 312), NAN, 1.0)]
@@ -210,6 +212,7 @@ def test_no_good_checkpoint_is_told_and_nothing_thrown_away(poisoned, corpus, tm
   assert (tmp_path / 'checkpoints' / '288').exists()
 
 
+@pytest.mark.slow
 def test_sigterm_is_heard_through_a_rollback(poisoned, corpus, tmp_path, monkeypatch):
   poisoned.append((range(144, 192), NAN, 1.0))
   real = train.roll_back
@@ -225,6 +228,7 @@ def test_sigterm_is_heard_through_a_rollback(poisoned, corpus, tmp_path, monkeyp
   assert records(tmp_path)[-1]['sequences'] == 216  # the first step after it
 
 
+@pytest.mark.slow
 def test_a_trace_ends_with_a_rollback(poisoned, corpus, tmp_path):
   poisoned.append((range(144, 192), NAN, 1.0))
   run(tmp_path, corpus, profile='4-9')

@@ -317,7 +317,9 @@ def test_nothing_to_read(tmp_path):
     read_all(tmp_path)
 
 
-def test_a_bucket_without_its_library_says_what_to_install():
+def test_a_bucket_without_its_library_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)
+  epath.backend.fsspec_backend._get_filesystem.cache_clear()
   for place in ('gs://bucket/folder', 'gs://bucket/*.txt'):
     with pytest.raises(Mistake, match='gs://bucket/.*: got ImportError: .*gcsfs'):
       read_all(place)
