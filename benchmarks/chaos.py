@@ -6,7 +6,6 @@ but its times, and every bit of the last checkpoint. Prints what each kill hit. 
 """
 
 import argparse
-import contextlib
 import os
 import random
 import signal
@@ -96,7 +95,7 @@ class Storm:
 
 def end_of(workdir: Path, run: Run) -> tuple[int, dict, dict]:
   """Where the last checkpoint of a run is, its state as NumPy, and its record."""
-  with contextlib.closing(checkpoint.Checkpoints(workdir / 'checkpoints', keep=99)) as checkpoints:
+  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=99) as checkpoints:
     sequences = checkpoints.newest_whole()
     with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
       state = checkpoints.restore(sequences, run.program.abstract_state())

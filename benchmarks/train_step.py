@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gptjax import flags, metrics, model, sharding, sizes
+from gptjax import ahead, flags, metrics, model, sharding, sizes
 from gptjax.config import resolve
 from gptjax.errors import told_plainly
 from gptjax.loss import cross_entropy
@@ -94,9 +94,11 @@ def main() -> None:
   parser.add_argument('--remat', choices=model.REMAT, default='weights')
   parser.add_argument('--loss_chunk', type=int, default=512)
   parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--deterministic', action='store_true', help='as config.deterministic')
   a = parser.parse_args()
   if a.slices < 1 or a.batch % a.slices or a.repeats < 1:
     parser.error('--slices must divide --batch, and both and --repeats be 1 or more')
+  ahead.fix_order(a.deterministic)
   config = flags.parse(['', f'--config={CONFIGS / "gpt3.py"}:{a.size}'])
   config.model.n_layers = a.layers or config.model.n_layers
   config.model.context = a.context

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+import zstandard
 from etils import epath
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
@@ -58,10 +59,26 @@ def fix_order(deterministic: bool) -> None:
 
 def cache_in(workdir: epath.Path, wanted: bool) -> None:
   """Keeps what is compiled in the workdir, so that the next start need not compile it again."""
+  own = workdir / 'cache'
+  if hosts.first():
+    for name in files.names(own):
+      if _cut((own / name).read_bytes()):
+        hosts.say(f'cache    {name[:40]}… was cut, and is compiled again')
+        (own / name).unlink()
   # A folder that the environment names is meant for more runs than this one.
-  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(workdir / 'cache')
+  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(own)
   jax.config.update('jax_compilation_cache_dir', folder if wanted else None)
   compilation_cache.reset_cache()  # of a run in this process before
+
+
+def _cut(entry: bytes) -> bool:
+  """Whether who wrote this entry of JAX's cache died of it: JAX would never replace it."""
+  reader = zstandard.ZstdDecompressor().decompressobj()
+  try:
+    reader.decompress(entry)
+  except zstandard.ZstdError:
+    return True
+  return not reader.eof
 
 
 def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:

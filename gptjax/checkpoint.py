@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from concurrent import futures
 
@@ -211,6 +212,18 @@ class Checkpoints:
     if failed:
       raise failed
     return self.latest()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    try:
+      self.close()
+    except Mistake as e:
+      if kind is None:
+        raise
+      # What ends the run already is the greater news.
+      print(f'FAILED   {e}', file=sys.stderr, flush=True)
 
   def close(self) -> None:
     """Waits until everything is on disk."""

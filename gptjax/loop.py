@@ -1,5 +1,6 @@
 """The loop of training, and what it does between steps."""
 
+import functools
 import shutil
 import tempfile
 import time
@@ -60,6 +61,7 @@ class Trainer:
     self,
     state: dict,
     steps: Iterable[schedule.Step],
+    start: int,
     end: int,
     saver: Saver,
     notice: Notice,
@@ -70,6 +72,7 @@ class Trainer:
     Args:
       state: consumed from here on.
       steps: those from the state's place on the clock to the end.
+      start: where they begin; what is left out there may come before the first.
       end: where the last one ends.
       saver: what saves.
       notice: of the end of this machine.
@@ -89,21 +92,23 @@ class Trainer:
         self.copies_agree(state)
         self.repeats(state, *batch)
         self.clock = time.perf_counter()
-      checks = schedule.due(run.check_every, step.start, step.end)
+      # What comes due in what is left out is done after the step behind it.
+      due, start = functools.partial(schedule.due, start=start, end=step.end), step.end
+      checks = due(run.check_every)
       state, measured = self.train_step(state, *batch)
       if self.read():
         watchdog.warm()
       self.unread = step, batch[-1], measured
       watchdog.beat(f'step {step.number}, sequences {step.start:,} to {step.end - 1:,}')
       last = step.end == end
-      if last or schedule.due(run.eval_every, step.start, step.end):
+      if last or due(run.eval_every):
         self.read()
         self.validate(state['params'], step)
       if notice.at:
         self.ending.ask(step.number, str(notice.at))
       ends = self.ending.due(step.number)
       again = saver.again(step)
-      if last or ends or again or schedule.due(run.save_every, step.start, step.end):
+      if last or ends or again or due(run.save_every):
         self.read()
         # In a streak nothing changes but the clock, and good checkpoints would make room for it.
         if saves := last or not self.streak:

@@ -172,7 +172,9 @@ def short(number: float) -> str:
 
 
 def _draw_loss(axes: Axes, records: list[dict], name: str, colour: str) -> None:
-  """Training thin, validation with dots, and a cross on the floor where a loss is no number."""
+  """Training thin, validation with dots; a cross on the floor where a loss is no number, and a
+  stroke at the ceiling where a step was left out.
+  """
   train = series(records, 'train', 'loss')
   _line(axes, train, {'color': colour, 'linewidth': 0.7, 'alpha': 0.55})
   held_out = series(records, 'validation', 'loss')
@@ -184,6 +186,11 @@ def _draw_loss(axes: Axes, records: list[dict], name: str, colour: str) -> None:
     floor = axes.get_xaxis_transform()
     label = f'{name}: NaN or infinite'
     axes.plot(lost, [0.03] * len(lost), 'x', color=colour, mew=1.5, transform=floor, label=label)
+  left_out = [r['tokens'] for r in records if r['kind'] == 'skip']
+  if left_out:
+    ceiling, label = axes.get_xaxis_transform(), f'{name}: steps that were left out'
+    at = [0.99] * len(left_out)
+    axes.plot(left_out, at, '|', color=colour, ms=9, mew=1.2, transform=ceiling, label=label)
 
 
 def _line(axes: Axes, points: tuple[list[int], list[float]], style: dict) -> None:

@@ -106,7 +106,7 @@ def go_on(
   hosts.meet()
   commit = git_commit()
   saved_in = checkpoint.Checkpoints(workdir / 'checkpoints', run.save_keep, run.save_keep_every)
-  with contextlib.closing(saved_in) as checkpoints, told_from_where(checkpoints):
+  with saved_in as checkpoints, told_from_where(checkpoints):
     rollbacks = skips.read(workdir)
     for each in rollbacks:  # while the state was bad
       checkpoints.drop_within(each.start, each.stop)
@@ -197,7 +197,7 @@ def go_on(
         saver = Saver(checkpoints, record, run.save_failures, bar.say)
         trainer = Trainer(run, train_step, corpora, mixed, mesh, writer, bar, workdir)
         with contextlib.closing(trainer):
-          trainer.train(state, steps, run.ramp.end(skipped), saver, notice, watchdog)
+          trainer.train(state, steps, start, run.ramp.end(skipped), saver, notice, watchdog)
   if hosts.first():
     print(summary.verdict(workdir, corpora))
 

@@ -48,6 +48,38 @@ def taken(step, run, mesh):
   return jax.tree.map(np.asarray, (state, metrics))
 
 
+CUT = """
+import os, pathlib, sys
+import jax
+import numpy as np
+from etils import epath
+from gptjax import ahead
+
+del os.environ['JAX_COMPILATION_CACHE_DIR']
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+workdir = epath.Path(sys.argv[1])
+
+def start(keeps=None):
+  ahead.cache_in(workdir, True)
+  jax.jit(lambda x: x * 3 + 1).lower(np.float32(1)).compile()
+  (path,) = (workdir / 'cache').iterdir()
+  data = path.read_bytes()
+  if keeps is not None:
+    path.write_bytes(data[:int(keeps * len(data))])
+  return data
+
+whole = start()
+assert start(0.5) == whole
+assert len(start(0.0)) > len(whole) / 2 and len(start()) > len(whole) / 2
+"""
+
+
+def test_what_was_cut_in_the_cache_is_compiled_again(tmp_path, run_python):
+  """Whoever wrote it was killed; JAX would complain at each start, and never replace it."""
+  done = run_python(['-W', 'error', '-c', CUT, tmp_path], timeout=60)
+  assert done.stdout.count('was cut, and is compiled again') == 2
+
+
 @pytest.mark.parametrize('settings', MESHES)
 def test_a_step_from_a_file_is_the_step_itself(tmp_path, settings):
   run, mesh = kept(tmp_path / 'step', **settings)

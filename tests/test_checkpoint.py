@@ -177,6 +177,18 @@ def test_a_save_that_fails_is_told_and_the_next_one_goes_well(saved, tmp_path, m
   checkpoints.close()
 
 
+def test_a_save_that_fails_hides_nothing_greater(saved, tmp_path, monkeypatch, capsys):
+  _, program, state = saved
+  told = 'No space left'
+  monkeypatch.setattr(integrity, 'write_list', lambda *_: (_ for _ in ()).throw(OSError(28, told)))
+  with pytest.raises(KeyError), checkpoint.Checkpoints(tmp_path / 'c', keep=1) as checkpoints:
+    checkpoints.save(8, state, {})
+    raise KeyError
+  assert 'FAILED   checkpoints in' in capsys.readouterr().err
+  with pytest.raises(Mistake, match=told), checkpoint.Checkpoints(tmp_path / 'd', 1) as checkpoints:
+    checkpoints.save(8, state, {})
+
+
 def test_saving_goes_on_in_another_thread(saved, tmp_path):
   _, program, state = saved
   commits = []
