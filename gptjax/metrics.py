@@ -206,22 +206,27 @@ class _TensorBoard:
     if not self._remote or (self._sending and not self._sending.done()):
       return
     if self._written >= EVENTS_PER_FILE:
-      self.close()
-      self.__init__(self._to.parent, None)
+      self._writer.close()
+      self._move()
+      self._open(None)
     elif time.monotonic() - self._sent >= SEND_SECONDS:
       self._sent = time.monotonic()
       self._sending = self._thread.submit(self._send)
 
   def _send(self):
+    """What goes wrong here goes well when the file is sent again."""
     self._writer.flush()
     files.copy(self._folder, self._to)
+
+  def _move(self):
+    files.copy(self._folder, self._to)
+    shutil.rmtree(self._folder)
 
   def close(self) -> None:
     self._writer.close()
     self._thread.shutdown()
     if self._remote:
-      files.copy(self._folder, self._to)
-      shutil.rmtree(self._folder)
+      self._move()
 
 
 class ProgressBar:
