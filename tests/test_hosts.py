@@ -231,7 +231,8 @@ def test_a_workdir_that_a_process_does_not_see_is_told(corpus, tmp_path, free_po
   for i, process in enumerate(processes):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
-    assert f'error: process {i} of 2: workdir: got run, which processes [1] do not share' in err
+    told = f'workdir: got {tmp_path / str(i)}/run, which processes [1] do not share'
+    assert f'error: process {i} of 2: {told}' in err
   assert not list(tmp_path.rglob('.seen-*'))
 
 
