@@ -71,6 +71,9 @@ def start(keeps=None):
 whole = start()
 assert start(0.5) == whole
 assert len(start(0.0)) > len(whole) / 2 and len(start()) > len(whole) / 2
+ahead.cache_in(workdir / 'other', False)
+jax.jit(lambda x: x * 5 + 1).lower(np.float32(1)).compile()
+assert not (workdir / 'other').exists() and len([*(workdir / 'cache').iterdir()]) == 1
 """
 
 
@@ -80,7 +83,7 @@ def test_what_was_cut_in_the_cache_is_compiled_again(tmp_path, run_python):
   assert done.stdout.count('was cut, and is compiled again') == 2
 
 
-@pytest.mark.parametrize('settings', MESHES)
+@pytest.mark.parametrize('settings', [MESHES[0], pytest.param(MESHES[1], marks=pytest.mark.slow)])
 def test_a_step_from_a_file_is_the_step_itself(tmp_path, settings):
   run, mesh = kept(tmp_path / 'step', **settings)
   got = taken(ahead.load(str(tmp_path / 'step'), run, mesh), run, mesh)

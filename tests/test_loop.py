@@ -101,13 +101,9 @@ print('found', len(hits))
 
 
 def test_a_restart_finds_what_was_compiled(corpus, tmp_path, monkeypatch, run_python):
-  """In the workdir, where nothing of it is if it is not wanted."""
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
-  starts = ('a', 512.0, True, False), ('a', 1024.0, True, True), ('b', 1024.0, False, False)
-  for name, tokens, wanted, found in starts:
-    settings = {'train_tokens': tokens, 'resume__accept_changes': True, 'compute__cache': wanted}
-    flags = args(tmp_path / name, corpus, **settings)[2:]
+  for tokens, found in (512.0, False), (1024.0, True):
+    flags = args(tmp_path, corpus, train_tokens=tokens, resume__accept_changes=True)[2:]
     told = run_python(['-c', COUNT, *flags], timeout=100).stdout
     assert (int(told.split('found ')[1]) > 0) == found
-    assert bool([*(tmp_path / name).glob('cache/jit_train_step*')]) == wanted
-  assert records(tmp_path / 'b') == records(tmp_path / 'a')
+    assert [*tmp_path.glob('cache/jit_train_step*')]

@@ -18,8 +18,8 @@ SLICES, B = 6, 4
 SLOW = pytest.mark.slow
 MESHES = [
   (4, 2, 1, 1),
-  (2, 1, 2, 2),
-  (8, 1, 1, 1),
+  pytest.param((2, 1, 2, 2), marks=SLOW),
+  pytest.param((8, 1, 1, 1), marks=SLOW),
   pytest.param((2, 1, 1, 1), marks=SLOW),
   pytest.param((2, 2, 1, 2), marks=SLOW),
 ]
@@ -112,6 +112,7 @@ def test_a_vocabulary_that_stages_do_not_divide():
   assert got[0]['embed'].shape == (256, 24) and not got[0]['embed'][250:].any()
 
 
+@pytest.mark.slow
 def test_splash_runs_inside_the_stages():
   shape = dataclasses.replace(SHAPE, n_layers=4, d_head=64, context=128)
   token_gbl = small.rows(3, 2, shape=shape)
@@ -140,7 +141,8 @@ def test_stages_meet_once_a_tick_and_weights_stay_where_they_are():
   assert len(passed) == 2 and all(name.count('while/body') == 1 for name in passed)
 
 
-@pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_memory_does_not_grow_with_the_slices(dtype):
   """1F1B keeps as many inputs as it has stages for, and GPipe one for every slice."""
   cut = program(dropout=0.0, dtype=jnp.dtype(dtype), remat='full')

@@ -77,6 +77,7 @@ def test_a_streak_rolls_back_and_ends_as_if_never_seen(poisoned, corpus, tmp_pat
   assert_same_end(tmp_path / 'run', tmp_path / 'by_hand', corpus)
 
 
+@pytest.mark.slow
 def test_a_rollback_without_a_checkpoint_starts_anew(poisoned, corpus, tmp_path):
   poisoned.append((range(24, 72), NAN, 1.0))
   run(tmp_path / 'run', corpus)
@@ -186,6 +187,7 @@ def test_another_recipe_is_judged_anew(corpus, tmp_path):
   assert end_of(tmp_path, corpus)[1]['health']['good'] == 11
 
 
+@pytest.mark.slow
 def test_what_is_saved_in_a_streak_pushes_no_good_checkpoint_out(poisoned, corpus, tmp_path):
   poisoned.append((range(264, 336), NAN, 1.0))
   run(tmp_path, corpus, save__keep=1, save__every_tokens=24 * 32.0, stability__streak=3)
@@ -203,6 +205,7 @@ def test_a_checkpoint_that_did_not_help_is_not_gone_back_to_again(poisoned, corp
   assert [r['sequences'] for r in records(tmp_path)][5:8] == [144, 336, 360]
 
 
+@pytest.mark.slow
 def test_no_good_checkpoint_is_told_and_nothing_thrown_away(poisoned, corpus, tmp_path):
   run(tmp_path, corpus, save__keep=1, train_tokens=24 * 12 * 32.0)
   before = records(tmp_path)

@@ -81,6 +81,7 @@ def test_gradients_are_reduced_in_f32_whatever_they_were_computed_in(used, dims,
   assert gradient.dtype == jnp.float32 and gradient.sharding.spec.unreduced == over
 
 
+@pytest.mark.slow
 def test_sequence_parallelism_changes_where_the_residual_lies_and_nothing_else(monkeypatch):
   """With the row of the table and without: equal gradients, and a quarter of each residual kept."""
   shape = dataclasses.replace(small.SHAPE, n_layers=8, context=64)

@@ -44,6 +44,7 @@ def test_slices_of_any_size_are_one_batch(one_device, b):
   small.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_on_any_mesh_in_any_slices(one_device):
   program, (undropped, _) = one_device
   program = dataclasses.replace(
