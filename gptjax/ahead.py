@@ -62,9 +62,10 @@ def cache_in(workdir: epath.Path, wanted: bool) -> None:
   own = workdir / 'cache'
   if hosts.first():
     for name in files.names(own):
-      if _cut((own / name).read_bytes()):
+      # XLA keeps folders of its own there.
+      if name.endswith('-cache') and (own / name).is_file() and _cut((own / name).read_bytes()):
         hosts.say(f'cache    {name[:40]}… was cut, and is compiled again')
-        (own / name).unlink()
+        (own / name).unlink(missing_ok=True)
   # A folder that the environment names is meant for more runs than this one.
   folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(own)
   jax.config.update('jax_compilation_cache_dir', folder if wanted else None)

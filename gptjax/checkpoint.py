@@ -95,8 +95,10 @@ class Checkpoints:
       got = ', '.join(f'{s}: {why}' for s, why in damaged.items())
       fix = 'a copy of one, or moving them away to start anew'
       raise mistake(f'checkpoints in {self._folder}', got, 'one that is whole', fix)
-    if len(damaged) < len(bad) and hosts.first():
-      self._forget_unfinished()
+    if len(damaged) < len(bad):
+      if hosts.first():
+        self._forget_unfinished()
+      hosts.meet()  # before the others look at what is there
     for each, why in bad.items():
       self._put_aside(each, why)
     return sequences
@@ -123,8 +125,9 @@ class Checkpoints:
     hosts.say(f'{told} checkpoint {sequences:,}: {why}; it is now {to.parent.name}/{to.name}')
     hosts.meet()  # all have looked
     if hosts.first():
-      files.move(self._folder / str(sequences), to)
+      files.make(self._aside)
       files.write_whole(to.with_name(f'{to.name}.txt'), f'{why}\n')
+      files.move(self._folder / str(sequences), to)
     hosts.meet()
     self._manager.reload()
 
@@ -326,6 +329,7 @@ def changes(saved: dict, now: dict, accept: bool) -> list[dict]:
     fix = 'another workdir for another run'
     if kind == RECIPE:
       fix = f'--config.resume.accept_changes, or {fix}'
-    mistakes.append(mistake(name, after, f'{before}, as in the checkpoint', fix))
+    told = (value if value not in ('', None) else 'none' for value in (after, before))
+    mistakes.append(mistake(name, next(told), f'{next(told)}, as in the checkpoint', fix))
   raise_all(mistakes)
   return accepted

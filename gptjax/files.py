@@ -1,13 +1,19 @@
 """Folders on disks and in buckets, and files that are there whole or not at all."""
 
+import logging
 import os
 import pathlib
 import re
+import socket
+import urllib.request
 
 import fsspec
 from etils import epath
 
 from gptjax.errors import mistake, told_as
+
+STORE = 'storage.googleapis.com', 443
+TIMEOUT = 120  # seconds that a store may take to answer, of which gcsfs asks six times
 
 
 def folder(path: str | os.PathLike) -> epath.Path:
@@ -22,11 +28,16 @@ def folder(path: str | os.PathLike) -> epath.Path:
   if not re.fullmatch(r'gs://[^/]+/.*[^/].*', path):
     raise mistake('folder', path, 'one of this machine, or gs://bucket/folder', 'runs/…')
   # Other processes write there too, and TensorFlow, where it is installed, keeps what it read.
-  fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
+  fsspec.config.conf.setdefault('gs', {}).update(
+    {'use_listings_cache': False, 'requests_timeout': TIMEOUT}
+  )
   os.environ['EPATH_USE_TF'] = '0'
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # what it logs it raises too
   wanted = 'a bucket that can be reached'
-  fix = "its name, gcloud auth application-default login, or pip install -e '.[gcs]'"
+  fix = "the network, its name, gcloud auth application-default login, or pip install -e '.[gcs]'"
   with told_as(path, wanted, fix, Exception):
+    if not ('STORAGE_EMULATOR_HOST' in os.environ or urllib.request.getproxies()):
+      socket.create_connection(STORE, timeout=10).close()  # gcsfs would try for a minute
     bucket = epath.Path('/'.join(path.split('/')[:3]))
     if not bucket.exists():
       raise FileNotFoundError(bucket)

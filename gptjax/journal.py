@@ -92,8 +92,7 @@ class _Parts:
     self._writing = max((int(name[:6]) for name in before), default=-1) + 1
     self._number, self._text, self._at = 0, text, time.monotonic()
     self._thread = futures.ThreadPoolExecutor(1, 'metrics')
-    self._pending: dict[epath.Path, tuple[str, futures.Future]] = {}
-    self._put()
+    self._unwritten: dict[epath.Path, str] = {}
     self.sync()
     # Not sooner: who dies here leaves both, and those of the last writing are what counts.
     for name in before:
@@ -109,23 +108,25 @@ class _Parts:
       self._number, self._text = self._number + 1, ''
 
   def sync(self) -> None:
-    if self._text:
-      self._put()
-    for path, (text, put) in self._pending.items():
-      if put.exception():
-        files.write_whole(path, text)
-    self._pending.clear()
+    self._put().result()
 
   def close(self) -> None:
-    self.sync()
-    self._thread.shutdown()
+    try:
+      self.sync()
+    finally:
+      self._thread.shutdown()
 
-  def _put(self) -> None:
-    path = self._folder / PART.format(self._writing, self._number)
-    left = {p: one for p, one in self._pending.items() if not one[1].done() or one[1].exception()}
-    put = self._thread.submit(files.write_whole, path, self._text)
-    self._pending = left | {path: (self._text, put)}
+  def _put(self) -> futures.Future:
+    self._unwritten[self._folder / PART.format(self._writing, self._number)] = self._text
     self._at = time.monotonic()
+    return self._thread.submit(self._write_all)
+
+  def _write_all(self) -> None:
+    """In order, and what failed again: no part is there whose predecessors are not all there."""
+    for path, text in [*self._unwritten.items()]:
+      files.write_whole(path, text)
+      if self._unwritten[path] is text:
+        del self._unwritten[path]
 
 
 def read(workdir: str | os.PathLike) -> list[dict]:

@@ -62,10 +62,11 @@ class Lease:
     """Claims the workdir when nobody else does; returns whether it has it."""
     self._wait_for_others()
     self._write(holds=False)
-    if self._others():
-      self._path.unlink()
+    # Looked at again when it holds: one that was thought dead may have come back meanwhile.
+    if self._others() or not self._write(holds=True) or self._holders():
+      self._path.unlink(missing_ok=True)
       return False
-    return self._write(holds=True)
+    return True
 
   def _wait_for_others(self) -> None:
     """Returns when no other claim is there, once the dead ones are deleted."""
@@ -111,13 +112,18 @@ class Lease:
 
   def _write(self, *, holds: bool) -> bool:
     """Writes its claim; False if it came so late that another one took over meanwhile."""
-    self._renewals += 1
+    began, self._renewals = time.monotonic(), self._renewals + 1
     self._path.write_text(json.dumps(self._me | {'holds': holds, 'renewed': self._renewals}))
-    before, self._renewed = self._renewed, time.monotonic()
-    if self._renewed - before < EXPIRES or not holds or not self._others():
+    # From when the last one was on its way until this one had come.
+    before, self._renewed = self._renewed, began
+    if time.monotonic() - before < EXPIRES or not holds or not self._holders():
       return True
-    self._path.unlink()
+    self._path.unlink(missing_ok=True)
     return False
+
+  def _holders(self) -> bool:
+    """Whether another one holds it, and is not dead."""
+    return any(claim.get('holds') and not _dead(claim) for claim in self._others().values())
 
   def _others(self) -> dict[epath.Path, dict]:
     """The claims of others; one that is being written, or was cut, says nothing."""

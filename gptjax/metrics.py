@@ -1,7 +1,9 @@
 """What a run tells of itself: records, TensorBoard, W&B, a progress bar, throughput and MFU."""
 
 import collections
+import contextlib
 import os
+import pathlib
 import shutil
 import sys
 import tempfile
@@ -164,11 +166,12 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Ends all that is written to; may be called twice."""
-    for sink in (self._log, self._tensorboard):
-      if sink:
-        sink.close()
-    if self._wandb:
-      self._wandb.finish()
+    with contextlib.ExitStack() as every:  # each of them, though another fails
+      for sink in (self._log, self._tensorboard):
+        if sink:
+          every.callback(sink.close)
+      if self._wandb:
+        every.callback(self._wandb.finish)
     self._log = self._tensorboard = self._wandb = None
 
   def __enter__(self) -> 'MetricsWriter':
@@ -203,30 +206,36 @@ class _TensorBoard:
     for name, value in scalars.items():
       self._writer.add_scalar(name, value, tokens)
     self._written += len(scalars)
-    if not self._remote or (self._sending and not self._sending.done()):
+    if not self._remote or time.monotonic() - self._sent < SEND_SECONDS:
       return
-    if self._written >= EVENTS_PER_FILE:
-      self._writer.close()
-      self._move()
-      self._open(None)
-    elif time.monotonic() - self._sent >= SEND_SECONDS:
+    if self._sending is None or self._sending.done():
+      if self._written >= EVENTS_PER_FILE:
+        self._writer.close()
+        self._open(None)
+      self._writer.flush()
       self._sent = time.monotonic()
+      # What goes wrong there goes well when the files are sent again.
       self._sending = self._thread.submit(self._send)
 
   def _send(self):
-    """What goes wrong here goes well when the file is sent again."""
-    self._writer.flush()
+    """Sends all files, and deletes those that nothing more is written to."""
+    *ended, last = sorted(pathlib.Path(self._folder).iterdir())
     files.copy(self._folder, self._to)
-
-  def _move(self):
-    files.copy(self._folder, self._to)
-    shutil.rmtree(self._folder)
+    for path in ended:
+      path.unlink()
 
   def close(self) -> None:
     self._writer.close()
     self._thread.shutdown()
-    if self._remote:
-      self._move()
+    if not self._remote:
+      return
+    try:
+      files.copy(self._folder, self._to)
+    except Exception as e:  # of whatever store it is
+      told = f"FAILED   {type(e).__name__}: TensorBoard's files are still in {self._folder}"
+      print(told, file=sys.stderr, flush=True)
+    else:
+      shutil.rmtree(self._folder)
 
 
 class ProgressBar:

@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise mistake('--out', out, 'a file in a folder that exists', f'mkdir -p {out.parent}')
   figure = draw(runs)
   print(table(runs))
-  for records in runs.values():
+  for name, records in runs.items():
     if told := goodput.table(records):
-      print(told)
+      print(f'{name}:\n{told}' if len(runs) > 1 else told)
   image = io.BytesIO()
   figure.savefig(image)
   with told_as(out, 'a place to write to', '--out=report.png', OSError):

@@ -62,18 +62,20 @@ workdir = epath.Path(sys.argv[1])
 def start(keeps=None):
   ahead.cache_in(workdir, True)
   jax.jit(lambda x: x * 3 + 1).lower(np.float32(1)).compile()
-  (path,) = (workdir / 'cache').iterdir()
+  (path,) = (workdir / 'cache').glob('jit*')
   data = path.read_bytes()
   if keeps is not None:
     path.write_bytes(data[:int(keeps * len(data))])
   return data
 
 whole = start()
+(workdir / 'cache' / 'of_xla-cache').mkdir()
+(workdir / 'cache' / 'notes').write_text('mine')
 assert start(0.5) == whole
 assert len(start(0.0)) > len(whole) / 2 and len(start()) > len(whole) / 2
 ahead.cache_in(workdir / 'other', False)
 jax.jit(lambda x: x * 5 + 1).lower(np.float32(1)).compile()
-assert not (workdir / 'other').exists() and len([*(workdir / 'cache').iterdir()]) == 1
+assert not (workdir / 'other').exists() and len([*(workdir / 'cache').iterdir()]) == 3
 """
 
 

@@ -167,9 +167,11 @@ def test_records_are_parts_and_each_step_is_there_once(bucket, monkeypatch):
     journal.read(bucket)
 
 
-def test_a_part_that_could_not_be_written_is_written_with_the_next(bucket, monkeypatch):
+def test_a_part_that_could_not_be_written_is_written_before_the_next(bucket, monkeypatch):
+  """None is there without those before it, whenever the run is killed."""
   opened = journal.Journal(bucket, 0)
   monkeypatch.setattr(journal, 'PART_SECONDS', 0.0)
+  monkeypatch.setattr(journal, 'PART_BYTES', 1)
   write_whole, away = files.write_whole, [True]
 
   def broken(path, data):
@@ -182,6 +184,7 @@ def test_a_part_that_could_not_be_written_is_written_with_the_next(bucket, monke
   opened.append(train(4))
   with pytest.raises(OSError, match='away'):
     opened.sync()
+  assert len(files.names(bucket / journal.PARTS)) == 1
   away.clear()
   away.append(False)
   opened.append(train(6))
@@ -191,19 +194,37 @@ def test_a_part_that_could_not_be_written_is_written_with_the_next(bucket, monke
 
 def test_tensorboard_has_short_files_there(bucket, monkeypatch):
   monkeypatch.setattr(metrics, 'EVENTS_PER_FILE', 6)
+  monkeypatch.setattr(metrics, 'SEND_SECONDS', 0.0)
+  copy, times = files.copy, []
+
+  def away_at_first(*where):
+    times.append(1)
+    if len(times) < 3:
+      raise OSError('away')
+    copy(*where)
+
+  monkeypatch.setattr(files, 'copy', away_at_first)
   with metrics.MetricsWriter(bucket, resume_at=0, tensorboard=True) as writer:
-    for i in range(1, 6):
+    for i in range(1, 9):
       writer.write(train(2 * i))
+      while writer._tensorboard._sending and not writer._tensorboard._sending.done():
+        time.sleep(0.01)
+    folder = writer._tensorboard._folder
+    assert len(os.listdir(folder)) == 1  # what was sent and is full is not kept
+  assert not os.path.exists(folder)
   there = files.names(bucket / 'tensorboard')
-  assert len(there) == 3
-  for name in there:
-    assert b'train/loss' in (bucket / 'tensorboard' / name).read_bytes()
+  assert len(there) >= 3
+  every = b''.join((bucket / 'tensorboard' / name).read_bytes() for name in there)
+  assert every.count(b'train/loss') == 8
 
 
 @pytest.mark.parametrize(
   'path, told',
   [
-    ('gs://none-of-this-name/run', 'gs://none-of-this-name/run: got .*, wanted a bucket that can'),
+    (
+      'gs://none-of-this-name/run',
+      'this-name/run: got FileNotFoundError: .*, wanted a bucket that',
+    ),
     ('gs://runs', 'got gs://runs, wanted one of this machine, or gs://bucket/folder'),
     ('s3://runs/a', 'got s3://runs/a, wanted one of this machine, or gs://bucket/folder'),
   ],

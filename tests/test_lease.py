@@ -147,11 +147,31 @@ def test_who_was_stopped_while_another_took_over_gives_it_up(tmp_path):
   first._renewed -= 10
   assert first._write(holds=True)  # nobody came
   path, other = elsewhere(tmp_path)
+  path.write_text(json.dumps(other | {'holds': False}))
+  first._renewed -= 10
+  assert first._write(holds=True)  # it does not hold yet, and looks again when it does
   path.write_text(json.dumps(other))
   assert first._write(holds=True)  # in time: it is the other that goes back
   first._renewed -= 10
   assert not first._write(holds=True)
   assert claims(tmp_path) == [path]
+
+
+def test_a_write_that_took_long_counts_from_when_it_began(tmp_path, monkeypatch):
+  """The other one may have seen it at once, and waited since."""
+  first, write_text = Lease(tmp_path), type(Lease(tmp_path)._path).write_text
+  assert first._write(holds=True)
+
+  def slow(path, text):
+    write_text(path, text)
+    if path == first._path:
+      time.sleep(0.3)
+
+  monkeypatch.setattr(type(first._path), 'write_text', slow)
+  assert first._write(holds=True)
+  path, other = elsewhere(tmp_path)
+  path.write_text(json.dumps(other))
+  assert not first._write(holds=True)  # 0.6 s after the last one began, though 0.3 s after it ended
 
 
 def test_a_second_run_is_refused_and_one_after_a_kill_goes_on(
