@@ -192,6 +192,7 @@ def test_a_damaged_file_is_refused_and_not_run(one, tmp_path):
     ahead.load(str(tmp_path / 'none'), run, mesh)
 
 
+@pytest.mark.slow
 def test_train_runs_what_is_in_the_file(corpus, tmp_path, capsys):
   settings = {'mesh__fsdp': 4, 'train_tokens': 1024.0}
   c = runs.config(tmp_path / 'plain', corpus, **settings)

@@ -78,6 +78,7 @@ def test_a_chip_that_errs_once_is_found(monkeypatch):
     check(jnp.ones(4))
 
 
+@pytest.mark.slow
 def test_a_run_that_checks_itself_is_the_run_that_does_not(corpus, tmp_path, monkeypatch):
   settings = {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2, 'train_tokens': 2048.0}
   looked, check = [], corruption.comparing()

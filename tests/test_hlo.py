@@ -75,7 +75,7 @@ def step(mesh, windows, remat='none'):
 
 
 # Five windows for four layers leave no whole period to scan: the layers stand one by one.
-@pytest.mark.parametrize('windows', [(None,), (None,) * 5])
+@pytest.mark.parametrize('windows', [(None,), pytest.param((None,) * 5, marks=pytest.mark.slow)])
 def test_flops_of_a_step_are_those_of_the_formula(windows):
   L, A = SHAPE.context, SHAPE.n_heads * SHAPE.d_head
   plain = dataclasses.replace(SHAPE, windows=windows)

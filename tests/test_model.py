@@ -84,7 +84,13 @@ def test_a_token_changes_nothing_before_it_and_something_at_once(trained):
 
 @pytest.mark.parametrize(
   'n_layers, windows',
-  [(1, (None, 5)), (2, (None,)), (2, (None, 5)), (3, (None, 5)), (4, (3, None, 7))],
+  [
+    (1, (None, 5)),
+    pytest.param(2, (None,), marks=pytest.mark.slow),
+    pytest.param(2, (None, 5), marks=pytest.mark.slow),
+    (3, (None, 5)),
+    pytest.param(4, (3, None, 7), marks=pytest.mark.slow),
+  ],
 )
 def test_scan_over_periods_is_a_loop_over_layers(n_layers, windows):
   program = small.program(dataclasses.replace(small.SHAPE, n_layers=n_layers, windows=windows))

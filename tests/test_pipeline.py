@@ -91,6 +91,7 @@ def test_gpipe_is_1f1b(mesh, slices):
   small.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_stages_do_not_divide():
   """Of 256 padded rows each of three stages has 86, and what fills them up changes nothing."""
   shape = dataclasses.replace(SHAPE, n_layers=6, d_model=24)

@@ -28,7 +28,10 @@ def one_device():
     return program, gradients(program, small.rows(3, 8), ROWS, start=7)
 
 
-@pytest.mark.parametrize('mesh', small.MESHES)
+*FEWER, ALL = small.MESHES  # the last one splits along every axis
+
+
+@pytest.mark.parametrize('mesh', [*(pytest.param(m, marks=pytest.mark.slow) for m in FEWER), ALL])
 def test_any_mesh_gives_the_same_loss_and_gradients(one_device, mesh):
   program, want = one_device
   with small.on(*mesh):
@@ -36,7 +39,7 @@ def test_any_mesh_gives_the_same_loss_and_gradients(one_device, mesh):
   small.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('b', [1, 24])
+@pytest.mark.parametrize('b', [1, pytest.param(24, marks=pytest.mark.slow)])
 def test_slices_of_any_size_are_one_batch(one_device, b):
   program, want = one_device
   with small.on():
@@ -97,6 +100,7 @@ def run(program, steps=4, rows=24):
   return state, metrics
 
 
+@pytest.mark.slow
 def test_any_mesh_trains_alike():
   program = small.program(attend=attention.chunked)
   with small.on():
