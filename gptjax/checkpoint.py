@@ -269,7 +269,7 @@ def load_params(folder: epath.Path, abstract: dict) -> dict:
   """
   folder, options = files.folder(folder), ocp.CheckpointManagerOptions(create=False)
   with ocp.CheckpointManager(folder, options=options, item_names=('state',)) as manager:
-    last = max(finished(folder), default=None) if folder.exists() else None
+    last = max(finished(folder), default=None)
     if last is None:
       raise mistake('checkpoints', f'none in {folder}', 'a complete one', 'training further first')
     if why := integrity.damage(folder / str(last)):
@@ -329,7 +329,7 @@ def changes(saved: dict, now: dict, accept: bool) -> list[dict]:
     fix = 'another workdir for another run'
     if kind == RECIPE:
       fix = f'--config.resume.accept_changes, or {fix}'
-    told = (value if value not in ('', None) else 'none' for value in (after, before))
-    mistakes.append(mistake(name, next(told), f'{next(told)}, as in the checkpoint', fix))
+    got, wanted = ('none' if value in ('', None) else value for value in (after, before))
+    mistakes.append(mistake(name, got, f'{wanted}, as in the checkpoint', fix))
   raise_all(mistakes)
   return accepted

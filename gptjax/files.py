@@ -1,5 +1,6 @@
 """Folders on disks and in buckets, and files that are there whole or not at all."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -36,12 +37,16 @@ def folder(path: str | os.PathLike) -> epath.Path:
   wanted = 'a bucket that can be reached'
   fix = "the network, its name, gcloud auth application-default login, or pip install -e '.[gcs]'"
   with told_as(path, wanted, fix, Exception):
-    if not ('STORAGE_EMULATOR_HOST' in os.environ or urllib.request.getproxies()):
-      socket.create_connection(STORE, timeout=10).close()  # gcsfs would try for a minute
-    bucket = epath.Path('/'.join(path.split('/')[:3]))
-    if not bucket.exists():
-      raise FileNotFoundError(bucket)
+    _reach('/'.join(path.split('/')[:3]))
   return epath.Path(path)
+
+
+@functools.cache  # many ask for folders of one bucket
+def _reach(bucket: str) -> None:
+  if not ('STORAGE_EMULATOR_HOST' in os.environ or urllib.request.getproxies()):
+    socket.create_connection(STORE, timeout=10).close()  # gcsfs would try for a minute
+  if not epath.Path(bucket).exists():
+    raise FileNotFoundError(bucket)
 
 
 def in_bucket(path: str | os.PathLike) -> bool:

@@ -16,18 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from gptjax import journal, metrics
 from gptjax.errors import Mistake
-
-CONTEXT = 16
-
-
-def train(sequences, **more):
-  """The record of a step of two sequences."""
-  step = {'step': sequences // 2, 'sequences': sequences, 'tokens': sequences * CONTEXT}
-  return {'kind': 'train', **step, 'loss': 5.0 - sequences / 100, **more}
-
-
-def validation(sequences):
-  return {**train(sequences), 'kind': 'validation'}
+from tests.test_journal import CONTEXT, train, validation
 
 
 def write(workdir, records, resume_at=0, tensorboard=False):
