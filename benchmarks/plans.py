@@ -56,10 +56,11 @@ def main() -> None:
   parser.add_argument('--sizes', nargs='+', choices=MACHINES, default=[*MACHINES])
   a = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
-  print(HEAD, end='', flush=True)
+  head = HEAD
   for size in a.sizes:
     for topology in MACHINES[size]:
-      print(row(size, topology), end='', flush=True)
+      print(head + row(size, topology), end='', flush=True)
+      head = ''
 
 
 if __name__ == '__main__':
