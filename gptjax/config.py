@@ -1,6 +1,7 @@
 """The door: a config as a user wrote it becomes what the code below takes, or one clear error."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 
@@ -24,7 +25,8 @@ LARGEST = 2**20  # of a size: what is larger is a slip of the keyboard
 # Every knob of a training config, by group: no other is taken, and none may be left out.
 KNOBS = {
   '': 'workdir hosts seed deterministic train_tokens skip_sequences profile',
-  'model': 'n_layers d_model n_heads d_head d_ff context vocab_size pattern window dropout',
+  'model': 'n_layers d_model n_heads d_head d_ff context vocab_size pattern window dropout '
+  'qkv_bias',
   'data': 'sources prefetch',
   'batch': 'sequences ramp_from ramp_step ramp_tokens',
   'lr': 'peak warmup_tokens decay_tokens final_fraction',
@@ -199,6 +201,16 @@ def _workdir(workdir):
     workdir.encode()
 
 
+def reopened(text: str) -> Program:
+  """The program of a run's own config.json, on one device whatever it was trained on."""
+  config = ConfigDict(json.loads(text))
+  check_knobs(config)
+  config.mesh = ConfigDict(dict.fromkeys(sharding.AXES, 1) | {'slow_axes': 'auto'})
+  config.compute.microbatch = 1
+  config.compute.attention = 'chunked'  # any machine has it
+  return resolve(config, jax.devices()[:1]).program
+
+
 def check_seed(seed: int) -> None:
   """Raises for a seed that JAX would cut."""
   _at_least('seed', seed, 0)
@@ -215,7 +227,8 @@ def _shape(config) -> Shape:
     wanted = f'some of {LAYERS}'
     raise mistake('model.pattern', c.pattern, wanted, '--config.model.pattern="(\'dense\',)"')
   windows = tuple({'dense': None, 'banded': min(c.window, c.context)}[layer] for layer in c.pattern)
-  return Shape(c.n_layers, c.d_model, c.n_heads, c.d_head, c.d_ff, c.context, c.vocab_size, windows)
+  sizes = c.n_layers, c.d_model, c.n_heads, c.d_head, c.d_ff, c.context, c.vocab_size
+  return Shape(*sizes, windows, c.qkv_bias)
 
 
 def _mesh(config, n_devices) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """`python -m gptjax.generate --config=configs/generate.py` continues a prompt."""
 
 import functools
-import json
 import math
 import sys
 
@@ -10,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gptjax import checkpoint, files, flags, sharding
-from gptjax.config import check_knobs, check_seed, resolve
-from gptjax.data import tokenizer
+from gptjax import flags, sharding, trained
+from gptjax.config import check_seed
 from gptjax.errors import mistake, told_as
 from gptjax.step import Program
 
@@ -25,29 +23,11 @@ def main(config: ConfigDict) -> None:
     raise mistake('what to sample', got, wanted, '--config.tokens=100 --config.temperature=0.8')
   with told_as('prompt', 'UTF-8 text', 'another --config.prompt', UnicodeError):
     config.prompt.encode()
-  workdir = files.folder(config.workdir)
   check_seed(config.seed)
-  if not (workdir / 'config.json').exists():
-    got = f'{config.workdir}, without a config.json'
-    raise mistake(
-      'workdir', got, 'the workdir of a run', 'training one, or --config.workdir=runs/…'
-    )
-  with told_as(workdir / 'config.json', 'the config of a run', 'training on writes it', Exception):
-    trained = ConfigDict(json.loads((workdir / 'config.json').read_text()))
-    check_knobs(trained)
-    # One device is enough for one row, however many the run was trained on.
-    one = dict.fromkeys(sharding.AXES, 1)
-    trained.mesh = ConfigDict(one | {'slow_axes': 'auto'})
-    trained.compute.microbatch = 1
-    trained.compute.attention = 'chunked'  # any machine has it, whatever the run was trained on
-    program = resolve(trained, jax.devices()[:1]).program
-  text = tokenizer.load(workdir)
-  if text.vocab_size != program.shape.vocab_size:
-    wanted = f'{program.shape.vocab_size} tokens, as in config.json'
-    got, fix = f'{text.vocab_size} tokens', 'the workdir as training left it'
-    raise mistake(f'tokenizer in {workdir}', got, wanted, fix)
+  run = trained.look(config.workdir)
+  program, text = run.program, run.tokenizer
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
-    params = checkpoint.load_params(workdir / 'checkpoints', program.abstract_state()['params'])
+    params = run.params()
     prompt = [text.end_of_text, *text.encode(config.prompt)]
     if len(prompt) > program.shape.context:
       seen = f'the model sees the last {program.shape.context} of its {len(prompt)} tokens'

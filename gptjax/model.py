@@ -100,7 +100,7 @@ class Attention(nnx.Module):
     D, H, K = shape.d_model, shape.n_heads, shape.d_head
     qkv_key, out_key = jax.random.split(key)
     self.qkv = weight(qkv_key, 'cdhk', 3, D, H, K, std=INIT_STD)
-    self.qkv_bias = constant(0.0, 'chk', 3, H, K)
+    self.qkv_bias = constant(0.0, 'chk', 3, H, K) if shape.qkv_bias else None
     self.out = weight(out_key, 'hkd', H, K, D, std=residual_std(shape))
     self.out_bias = constant(0.0, 'd', D)
 
@@ -109,8 +109,9 @@ class Attention(nnx.Module):
     dtype = x_btd.dtype
     x_bld = gather_positions(x_btd)
     qkv_cblhk = jnp.einsum('bld,cdhk->cblhk', x_bld, use(self.qkv, 'cdhk', dtype))
-    bias_bchk = use_rows(self.qkv_bias, 'chk', dtype, 'b', B)
-    qkv_cblhk += jnp.moveaxis(bias_bchk, 1, 0)[:, :, None]
+    if self.qkv_bias is not None:
+      bias_bchk = use_rows(self.qkv_bias, 'chk', dtype, 'b', B)
+      qkv_cblhk += jnp.moveaxis(bias_bchk, 1, 0)[:, :, None]
     dropout = 0.0 if key_b is None else numerics.dropout
     o_blhk = numerics.attend(*qkv_cblhk, window, dropout=dropout, key_b=key_b)
     w_hkd = use(self.out, 'hkd', dtype)

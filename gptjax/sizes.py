@@ -21,6 +21,7 @@ class Shape:
   context: int
   vocab_size: int
   windows: tuple[int | None, ...]
+  qkv_bias: bool = True  # of q, k and v; GPT-Neo has none
 
   @property
   def padded_vocab(self) -> int:
@@ -35,7 +36,7 @@ class Shape:
   def n_params(self) -> int:
     """Parameters, counting the real rows of the vocabulary only."""
     D, A = self.d_model, self.n_heads * self.d_head
-    attention = 3 * (D * A + A) + A * D + D
+    attention = 3 * (D * A + A * self.qkv_bias) + A * D + D
     mlp = 2 * D * self.d_ff + self.d_ff + D
     layer_norm = 2 * D
     block = attention + mlp + 2 * layer_norm

@@ -69,6 +69,9 @@ FLOORS = {
   'prepare': 4,
   'train': 4,
   'generate': 4,
+  'export': 4,
+  'trained': 3.75,
+  'hf': 1,
   'report': 4,
   'plan': 4,
 }
