@@ -14,7 +14,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from gptjax import ahead, flags, metrics, model, sharding, sizes
 from gptjax.config import resolve
@@ -104,7 +103,6 @@ def main() -> None:
   config.model.context = a.context
   config.train_tokens = float(a.context * a.batch)
   config.batch.sequences, config.batch.ramp_tokens = a.batch, 0.0
-  config.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1, 'stage': 1})
   config.compute.microbatch = a.batch // a.slices
   config.compute.dtype, config.compute.remat = a.dtype, a.remat
   config.compute.loss_chunk = a.loss_chunk
