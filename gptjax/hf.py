@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from gptjax import files
-from gptjax.errors import Mistake, mistake, raise_all, told_as
+from gptjax.errors import mistake, needs, raise_all, told_as
 from gptjax.sizes import Shape
 
 INDEX = 'model.safetensors.index.json'
@@ -36,7 +36,7 @@ MASKS = r'h\.\d+\.attn\.(attention\.)?(masked_)?bias'
 class Row:
   """One of our arrays, or a part of it, and where it lies there."""
 
-  ours: str  # its path in the params; a number at the end picks from its first dim
+  ours: str  # its path in the params; a number at the end picks from its dim c
   theirs: str  # its name, {} being the layer
   dims: str  # 'theirs -> ours', or one that both have; letters as in sharding.py
   scaled: bool = False  # times d_head^-0.5 there, since scores are not
@@ -57,7 +57,7 @@ SAME = (
 TABLES = {
   'gpt2': (
     *SAME,
-    Row('blocks.attn.qkv', 'h.{}.attn.c_attn.weight', 'd (c h k) -> c d h k'),
+    Row('blocks.attn.qkv', 'h.{}.attn.c_attn.weight', 'd (c h k) -> d c h k'),
     Row('blocks.attn.qkv_bias', 'h.{}.attn.c_attn.bias', '(c h k) -> c h k'),
     Row('blocks.attn.out', 'h.{}.attn.c_proj.weight', '(h k) d -> h k d'),
     Row('blocks.attn.out_bias', 'h.{}.attn.c_proj.bias', 'd'),
@@ -108,10 +108,8 @@ def look(path: str) -> Folder:
     Mistake: with all that is missing, too much or of another shape.
   """
   folder = files.folder(path)
-  try:
+  with needs('safetensors', 'hf'):
     import safetensors  # noqa: F401
-  except ImportError:
-    raise Mistake("safetensors is not installed; try pip install -e '.[hf]'") from None
   config = folder / 'config.json'
   with told_as(config, 'the config of a model', 'the folder that save_pretrained made', Exception):
     about = json.loads(config.read_text())
@@ -270,7 +268,7 @@ def _part(folder, rows, size, stacked, index):
 
   def one(layer):
     parts = [folder.read(row, layer) for row in rows]
-    whole = parts[0] if rows[0].ours[-1:].isalpha() else np.stack(parts)
+    whole = parts[0] if rows[0].ours[-1:].isalpha() else np.stack(parts, 1)
     # Rows of the padding of the vocabulary.
     more = [(0, want - have) for want, have in zip(size[stacked:], whole.shape, strict=True)]
     return np.pad(whole, more)
@@ -322,9 +320,7 @@ def save(
   """
   folder, family = files.folder(path), family_of(shape)
   if files.names(folder):
-    raise mistake(
-      folder, 'a folder with files', 'one that is not there yet', 'another --config.out'
-    )
+    raise mistake(folder, 'a folder with files', 'one that is not there yet', 'another --out')
   if family == 'gpt_neo' and shape.qkv_bias:
     bare, folded = dataclasses.replace(shape, qkv_bias=False), fold(params, shape)
     off = float(np.abs(logits(bare, folded) - logits(shape, params)).max())
@@ -349,7 +345,7 @@ def fold(params: dict, shape: Shape) -> dict:
   """
   attn = {name: np.asarray(a, np.float64) for name, a in params['blocks']['attn'].items()}
   N, D = shape.n_layers, shape.d_model
-  q_nda, _, v_nda = (attn['qkv'][:, c].reshape(N, D, -1) for c in range(3))
+  q_nda, _, v_nda = (attn['qkv'][:, :, c].reshape(N, D, -1) for c in range(3))
   bias_q, _, bias_v = (attn['qkv_bias'][:, c].reshape(N, -1) for c in range(3))
   out_nad = attn['out'].reshape(N, -1, D)
   # Few models are so unlucky that a matrix of theirs has no inverse; then some bias comes out.
@@ -408,7 +404,7 @@ def _theirs(table, shape, params) -> Iterator[tuple[str, np.ndarray]]:
     for key in filter(str.isidentifier, row.ours.split('.')):
       ours = ours[key]
     ours = ours[layer] if '{}' in row.theirs else ours
-    ours = np.asarray(ours[int(row.ours[-1])] if row.ours[-1].isdigit() else ours)
+    ours = np.asarray(ours[:, int(row.ours[-1])] if row.ours[-1].isdigit() else ours)
     if row.ours == 'embed':
       ours = ours[: shape.vocab_size]
     if row.scaled:

@@ -13,12 +13,15 @@ from flax import nnx
 from jax import lax
 from jax.sharding import reshard
 
+from gptjax.cache import Cache
 from gptjax.errors import mistake
 from gptjax.sharding import (
   GATHERED,
   computed,
   constant,
   gather_positions,
+  reshard_residual,
+  residual,
   scatter_positions,
   split_leading,
   stored,
@@ -89,7 +92,9 @@ class LayerNorm(nnx.Module):
     variance_bt1 = jnp.square(centred_btd).mean(-1, keepdims=True)
     normed_btd = (centred_btd * lax.rsqrt(variance_bt1 + NORM_EPS)).astype(dtype)
     B, T, _ = x_btd.shape
-    scale_btd, bias_btd = (use_rows(w, 'd', dtype, 'bt', B, T) for w in (self.scale, self.bias))
+    scale_btd, bias_btd = (
+      use_rows(w, 'd', dtype, residual(T), B, T) for w in (self.scale, self.bias)
+    )
     return normed_btd * scale_btd + bias_btd
 
 
@@ -99,24 +104,27 @@ class Attention(nnx.Module):
   def __init__(self, shape: Shape, *, key: jax.Array):
     D, H, K = shape.d_model, shape.n_heads, shape.d_head
     qkv_key, out_key = jax.random.split(key)
-    self.qkv = weight(qkv_key, 'cdhk', 3, D, H, K, std=INIT_STD)
+    self.qkv = weight(qkv_key, 'dchk', D, 3, H, K, std=INIT_STD)
     self.qkv_bias = constant(0.0, 'chk', 3, H, K) if shape.qkv_bias else None
     self.out = weight(out_key, 'hkd', H, K, D, std=residual_std(shape))
     self.out_bias = constant(0.0, 'd', D)
 
-  def __call__(self, x_btd, window, numerics, key_b):
+  def __call__(self, x_btd, window, numerics, key_b, past):
     B, L, _ = x_btd.shape
     dtype = x_btd.dtype
     x_bld = gather_positions(x_btd)
-    qkv_cblhk = jnp.einsum('bld,cdhk->cblhk', x_bld, use(self.qkv, 'cdhk', dtype))
+    qkv_blchk = jnp.einsum('bld,dchk->blchk', x_bld, use(self.qkv, 'dchk', dtype))
     if self.qkv_bias is not None:
-      bias_bchk = use_rows(self.qkv_bias, 'chk', dtype, 'b', B)
-      qkv_cblhk += jnp.moveaxis(bias_bchk, 1, 0)[:, :, None]
-    dropout = 0.0 if key_b is None else numerics.dropout
-    o_blhk = numerics.attend(*qkv_cblhk, window, dropout=dropout, key_b=key_b)
+      qkv_blchk += use_rows(self.qkv_bias, 'chk', dtype, 'b', B)[:, None]
+    qkv_cblhk = jnp.moveaxis(qkv_blchk, 2, 0)
+    if past is None:
+      dropout = 0.0 if key_b is None else numerics.dropout
+      o_blhk = numerics.attend(*qkv_cblhk, window, dropout=dropout, key_b=key_b)
+    else:
+      o_blhk, past = past.attend(*qkv_cblhk, window)
     w_hkd = use(self.out, 'hkd', dtype)
     o_btd = scatter_positions('blhk,hkd->bld', o_blhk, w_hkd)
-    return o_btd + use_rows(self.out_bias, 'd', dtype, 'bt', B, L)
+    return o_btd + use_rows(self.out_bias, 'd', dtype, residual(L), B, L), past
 
 
 class Mlp(nnx.Module):
@@ -137,7 +145,7 @@ class Mlp(nnx.Module):
     bias_bf = use_rows(self.up_bias, 'f', dtype, 'b', B)
     h_blf = jax.nn.gelu(h_blf + bias_bf[:, None], approximate=True)
     x_btd = scatter_positions('blf,fd->bld', h_blf, use(self.down, 'fd', dtype))
-    return x_btd + use_rows(self.down_bias, 'd', dtype, 'bt', B, L)
+    return x_btd + use_rows(self.down_bias, 'd', dtype, residual(L), B, L)
 
 
 class Block(nnx.Module):
@@ -150,12 +158,13 @@ class Block(nnx.Module):
     self.mlp_norm = LayerNorm(shape.d_model)
     self.mlp = Mlp(shape, key=mlp_key)
 
-  def __call__(self, x_btd, window, numerics, key_b):
+  def __call__(self, x_btd, window, numerics, key_b, past=None):
     attend_key_b, attn_key_b, mlp_key_b = split_rows(key_b, 3)
-    y_btd = self.attn(self.attn_norm(x_btd, numerics.dtype), window, numerics, attend_key_b)
+    y_btd = self.attn_norm(x_btd, numerics.dtype)
+    y_btd, past = self.attn(y_btd, window, numerics, attend_key_b, past)
     x_btd += drop(y_btd, numerics.dropout, attn_key_b)
     y_btd = self.mlp(self.mlp_norm(x_btd, numerics.dtype))
-    return x_btd + drop(y_btd, numerics.dropout, mlp_key_b)
+    return x_btd + drop(y_btd, numerics.dropout, mlp_key_b), past
 
 
 class GPT(nnx.Module):
@@ -175,8 +184,12 @@ class GPT(nnx.Module):
     self.windows = shape.windows
 
   def __call__(
-    self, token_bl: jax.Array, numerics: Numerics, key_b: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
+    self,
+    token_bl: jax.Array,
+    numerics: Numerics,
+    key_b: jax.Array | None = None,
+    cache: Cache | None = None,
+  ) -> tuple[jax.Array, jax.Array, Cache | None]:
     """Final hidden states x_bld and the output matrix e_vd, of which `loss.logits` makes logits.
 
     Args:
@@ -184,24 +197,35 @@ class GPT(nnx.Module):
       numerics: how to compute it.
       key_b: one PRNG key a row turns dropout on. The masks depend on the row's key alone, so
         dropout is the same however rows are split over slices and devices.
+      cache: what was read before; the tokens go on from there, and what comes back knows them too.
+        Then the blocks are a list, each apart.
     """
     e_vd = self.output(numerics)
-    x_btd = self.run_layers(self.start(e_vd, token_bl, numerics, key_b), numerics, key_b)
-    return self.finish(x_btd, numerics), e_vd
+    x_btd = self.start(e_vd, token_bl, numerics, key_b, cache)
+    if cache is None:
+      x_btd = self.run_layers(x_btd, numerics, key_b)
+    else:
+      x_btd, cache = self.go_on(x_btd, numerics, cache)
+    return self.finish(x_btd, numerics), e_vd, cache
 
   def output(self, numerics: Numerics) -> jax.Array:
     """The output matrix e_vd in use; the embedding is the same."""
     return use(self.embed, 'vd', numerics.dtype)
 
-  def start(self, e_vd, token_bl, numerics, key_b) -> jax.Array:
+  def start(self, e_vd, token_bl, numerics, key_b, cache=None) -> jax.Array:
     """What goes into the first layer."""
     B, L = token_bl.shape
     T = self.position.shape[0]
     if L > T:
       raise mistake('length of a row', f'{L} tokens', f'at most {T}, the positions', 'shorter rows')
     x_bld = look_up(e_vd, token_bl)
-    x_bld += use_rows(self.position, 'ld', numerics.dtype, 'bl', B, T)[:, :L]
-    return drop(reshard(x_bld, computed('btd')), numerics.dropout, fold_rows(key_b, 0))
+    if cache is None:
+      x_bld += use_rows(self.position, 'ld', numerics.dtype, 'bl', B, T)[:, :L]
+    else:
+      x_bld += look_up(
+        use(self.position, 'ld', numerics.dtype), jnp.minimum(cache.positions(L), T - 1)
+      )
+    return drop(reshard_residual(x_bld), numerics.dropout, fold_rows(key_b, 0))
 
   def finish(self, x_btd, numerics) -> jax.Array:
     """The final hidden states of what comes out of the last layer."""
@@ -210,6 +234,15 @@ class GPT(nnx.Module):
   def run_layers(self, x_btd, numerics, key_b, first=0) -> jax.Array:
     """Through all layers there are, of which the first has this number."""
     return run_blocks(self.blocks, x_btd, self.windows, numerics, fold_rows(key_b, 1), first)
+
+  def go_on(self, x_btd, numerics, cache) -> tuple[jax.Array, Cache]:
+    """Through all layers, one after the other, from what each has read before."""
+    layers = []
+    for i, (block, past) in enumerate(zip(self.blocks, cache.layers, strict=True)):
+      window = self.windows[i % len(self.windows)]
+      x_btd, past = block(x_btd, window, numerics, None, cache.past(past))
+      layers.append(past)
+    return x_btd, cache.after(layers, x_btd.shape[1])
 
 
 def look_up(e_vd: jax.Array, token_bl: jax.Array) -> jax.Array:
@@ -243,7 +276,7 @@ def run_blocks(blocks, x_btd, windows, numerics, key_b, first=0):
   def run(x_btd, blocks, start, count):
     for i in range(count):
       block = jax.tree.map(lambda a: a[i], blocks)  # noqa: B023
-      x_btd = block(x_btd, windows[i], numerics, fold_rows(key_b, start + i))
+      x_btd, _ = block(x_btd, windows[i], numerics, fold_rows(key_b, start + i))
     return x_btd
 
   if numerics.remat != 'none':

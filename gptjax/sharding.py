@@ -207,6 +207,13 @@ def computed(dims: str) -> P:
   return P(*(_splitting(COMPUTE.get(dim)) for dim in dims))
 
 
+def joined(dims: str, rest: str) -> P:
+  """How an array in use lies of which the first dim is these dims in one, and the rest those."""
+  axes = [a for a in computed(dims).partitions if a]
+  names = tuple(name for a in axes for name in ((a,) if isinstance(a, str) else a))
+  return P(names or None, *computed(rest).partitions)
+
+
 def _splitting(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
   """Those axes that split anything: on the mesh that is set, one of size 1 need not exist."""
   sizes = jax.sharding.get_abstract_mesh().shape
@@ -266,6 +273,16 @@ def use_rows(param: nnx.Param, dims: str, dtype: jnp.dtype, rows: str, *shape: i
   return reshard(spread, out)
 
 
+def residual(positions: int) -> str:
+  """The letters of rows and positions of a residual: its positions are t where t splits them.
+
+  A single token, as is read when text is generated, is whole on all devices.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  parts = math.prod(sizes[axis] for axis in _axes('t'))
+  return 'bl' if positions % parts else 'bt'
+
+
 def gather_positions(x_btd: jax.Array) -> jax.Array:
   """A residual with all positions on each device [b, l, d], for products that `tensor` splits.
 
@@ -281,7 +298,12 @@ def scatter_positions(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
     subscripts: of the product, ending in '->bld'.
   """
   own_sum = P(*computed('bld').partitions, unreduced=_axes('t'))
-  return reshard(jnp.einsum(subscripts, x, w, out_sharding=own_sum), computed('btd'))
+  return reshard_residual(jnp.einsum(subscripts, x, w, out_sharding=own_sum))
+
+
+def reshard_residual(x_bld: jax.Array) -> jax.Array:
+  """A residual as it lies between products."""
+  return reshard(x_bld, computed(residual(x_bld.shape[1]) + 'd'))
 
 
 def split_leading(a: jax.Array, p: int) -> jax.Array:
@@ -340,6 +362,11 @@ def deferred_zeros(deferred: dict) -> dict:
 def reduce(grads: dict) -> dict:
   """Deferred gradients, summed over `data`: the one reduction of a step."""
   return jax.tree.map(lambda g: reshard(g, P(*_spec(g))), grads)
+
+
+def whole(a: jax.Array) -> jax.Array:
+  """An array of which every device has all."""
+  return reshard(a, P())
 
 
 def partial_sum(dims: str) -> P:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 
 from gptjax import pipeline, sharding, stability
+from gptjax.cache import Cache
 from gptjax.loss import cross_entropy, logits
 from gptjax.model import GPT, Numerics
 from gptjax.optimizer import AdamW
@@ -77,13 +78,18 @@ class Program:
     return sharding.concrete(jax.eval_shape(lambda: self.init(jax.random.key(0))))
 
   def model(self, params: dict) -> GPT:
-    """GPT on plain params, of which the blocks may be some of them."""
+    """GPT on plain params, of which the blocks may be some of them, or a tuple of all, apart."""
     graph, _ = nnx.split(jax.eval_shape(lambda: GPT(self.shape, key=jax.random.key(0))))
-    return nnx.merge(graph, params)
+    if not isinstance(params['blocks'], tuple):
+      return nnx.merge(graph, params)
+    models = [nnx.merge(graph, params | {'blocks': block}) for block in params['blocks']]
+    models[0].blocks = nnx.List([model.blocks for model in models])
+    return models[0]
 
   def hidden(self, params: dict, token_bl: jax.Array, key_b=None) -> tuple[jax.Array, jax.Array]:
     """Final hidden states [b, l, d] and the output matrix [v, d] in use."""
-    return self.model(params)(token_bl.astype(jnp.int32), self.numerics, key_b)
+    x_bld, e_vd, _ = self.model(params)(token_bl.astype(jnp.int32), self.numerics, key_b)
+    return x_bld, e_vd
 
   def loss(self, params: dict, token_bl: jax.Array, weight_b: jax.Array, key_b=None) -> jax.Array:
     """Cross-entropy in nats summed over the tokens of rows, each row weighted.
@@ -106,6 +112,17 @@ class Program:
   def logits(self, params: dict, token_bl: jax.Array) -> jax.Array:
     """Logits [b, l, padded vocabulary] in f32 of the token after each; the padding has -inf."""
     return logits(*self.hidden(params, token_bl), self.shape.vocab_size)
+
+  def read(self, params: dict, token_bl: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Logits [b, padded vocabulary] in f32 of the token after the last, and the cache after it.
+
+    Args:
+      params: with their blocks apart, as `split_blocks` gives them.
+      token_bl: the tokens that follow what the cache knows.
+      cache: of the tokens before.
+    """
+    x_bld, e_vd, cache = self.model(params)(token_bl, self.numerics, None, cache)
+    return logits(x_bld[:, -1:], e_vd, self.shape.vocab_size)[:, 0], cache
 
   def gradients(
     self, params: dict, token_gbl: jax.Array, start: jax.Array, rows: jax.Array
@@ -219,3 +236,21 @@ class Program:
       return None
     key = jax.random.key(self.seed)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(sequence_b)
+
+
+def split_blocks(params: dict) -> dict:
+  """The same params with each block apart, for reading token by token.
+
+  A block cut out of [n, …] inside a program would be copied for every token, which takes as long
+  as to multiply by it. Gives up what it is given, array by array, so both are never there.
+  """
+  blocks = params.pop('blocks')
+  leaves, tree = jax.tree.flatten(blocks)
+  apart = []
+  del blocks
+  while leaves:
+    a = leaves.pop(0)
+    apart.append([a[i] for i in range(len(a))])
+  return params | {
+    'blocks': tuple(jax.tree.unflatten(tree, block) for block in zip(*apart, strict=True))
+  }

@@ -6,43 +6,14 @@ import json
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
 from gptjax import hf
 from gptjax.errors import Mistake
-from gptjax.sizes import Shape
-from tests import small
+from tests import small, their_models
 
-# d_head 16: its root is a power of two, so that nothing is rounded on the way.
-SHAPES = {
-  'gpt2': Shape(3, 64, 4, 16, 256, 24, 250, (None,)),
-  'gpt_neo': Shape(4, 64, 4, 16, 96, 24, 250, (None, 5), qkv_bias=False),
-}
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 24))
-
-
-def theirs(family, **other):
-  """A model with random weights, biases and norms too."""
-  shape = SHAPES[family]
-  about = hf._description(family, shape, 0) | other
-  about.pop('torch_dtype')
-  kinds = {
-    'gpt2': (transformers.GPT2Config, transformers.GPT2LMHeadModel),
-    'gpt_neo': (transformers.GPTNeoConfig, transformers.GPTNeoForCausalLM),
-  }
-  config, kind = kinds[family]
-  torch.manual_seed(0)
-  model = kind(config(**{k: v for k, v in about.items() if k != 'model_type'})).eval()
-  for weight in model.parameters():
-    torch.nn.init.normal_(weight, std=0.2 if weight.ndim > 1 else 0.5)
-  return model
-
-
-def their_logits(model):
-  with torch.no_grad():
-    return model(torch.tensor(TOKENS)).logits.numpy()
 
 
 def our_logits(shape, params):
@@ -58,21 +29,21 @@ def ours(shape, seed=1):
   return jax.tree.map(jax.numpy.asarray, params)
 
 
-@pytest.fixture(params=list(SHAPES))
+@pytest.fixture(params=list(their_models.SHAPES))
 def imported(request, tmp_path):
-  model = theirs(request.param)
+  model = their_models.make(request.param)
   model.save_pretrained(tmp_path / 'there')
   return request.param, model, hf.look(tmp_path / 'there')
 
 
 def test_an_imported_model_has_their_logits(imported):
   family, model, folder = imported
-  assert folder.family == family and folder.shape == SHAPES[family]
+  assert folder.family == family and folder.shape == their_models.SHAPES[family]
   program = small.program(folder.shape)
   with small.on(fsdp=2, tensor=2):
     params = hf.load(folder, program.abstract_state()['params'])
     got = our_logits(folder.shape, params)
-  np.testing.assert_allclose(got, their_logits(model), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(got, their_models.logits(model, TOKENS), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_written_again_is_what_was_read(imported, tmp_path):
@@ -91,7 +62,7 @@ def test_what_is_written_again_is_what_was_read(imported, tmp_path):
 @pytest.mark.parametrize('biases, shard_bytes', [(True, 10**9), (True, 50_000), (False, 10**9)])
 def test_an_exported_model_has_our_logits(tmp_path, windows, biases, shard_bytes):
   """As their classes load it by themselves; GPT-Neo's with what its biases were folded into."""
-  shape = dataclasses.replace(SHAPES['gpt_neo'], windows=windows, qkv_bias=biases)
+  shape = dataclasses.replace(their_models.SHAPES['gpt_neo'], windows=windows, qkv_bias=biases)
   with small.on():
     params = ours(shape)
     hf.save(tmp_path / 'out', shape, params, our_logits, end_of_text=7, shard_bytes=shard_bytes)
@@ -99,24 +70,24 @@ def test_an_exported_model_has_our_logits(tmp_path, windows, biases, shard_bytes
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
   kind = 'GPT2LMHeadModel' if windows == (None,) else 'GPTNeoForCausalLM'
   assert type(model).__name__ == kind and model.config.eos_token_id == 7
-  np.testing.assert_allclose(their_logits(model), want, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(their_models.logits(model, TOKENS), want, rtol=1e-4, atol=1e-4)
   assert ((tmp_path / 'out' / hf.INDEX).exists()) == (shard_bytes < 10**9)
 
 
 def test_what_was_folded_and_does_not_hold_is_refused(tmp_path):
-  shape = dataclasses.replace(SHAPES['gpt_neo'], qkv_bias=True)
+  shape = dataclasses.replace(their_models.SHAPES['gpt_neo'], qkv_bias=True)
   with small.on():
     params = ours(shape)
   q = params['blocks']['attn']['qkv']
   # A matrix of q that sees one direction only cannot make its bias.
-  params['blocks']['attn']['qkv'] = q.at[:, 0].set(q[:, 0, :, :1, :1])
+  params['blocks']['attn']['qkv'] = q.at[:, :, 0].set(q[:, :, 0, :1, :1])
   with small.on(), pytest.raises(Mistake, match='logits that differ by .*qkv_bias=False'):
     hf.save(tmp_path / 'out', shape, params, our_logits)
   assert not (tmp_path / 'out').exists()
 
 
 def test_a_shape_that_they_have_not_is_refused():
-  shape = SHAPES['gpt_neo']
+  shape = their_models.SHAPES['gpt_neo']
   wide = dataclasses.replace(shape, n_heads=8)
   with pytest.raises(Mistake, match=r'n_heads · d_head: got 8 · 16 = 128, wanted d_model, 64'):
     hf.family_of(wide)
@@ -126,7 +97,7 @@ def test_a_shape_that_they_have_not_is_refused():
 
 
 def test_all_that_is_wrong_in_a_folder_is_told_at_once(tmp_path):
-  theirs('gpt2').save_pretrained(tmp_path)
+  their_models.make('gpt2').save_pretrained(tmp_path)
   tensors = load_file(tmp_path / hf.ONE)
   tensors['transformer.foreign'] = tensors.pop('transformer.h.1.ln_1.weight')
   tensors['transformer.wpe.weight'] = np.zeros((3, 3), np.float32)
@@ -143,7 +114,7 @@ def test_all_that_is_wrong_in_a_folder_is_told_at_once(tmp_path):
 
 
 def test_a_pickle_is_refused_unread(tmp_path):
-  theirs('gpt2').save_pretrained(tmp_path)
+  their_models.make('gpt2').save_pretrained(tmp_path)
   (tmp_path / hf.ONE).rename(tmp_path / 'pytorch_model.bin')
   with pytest.raises(Mistake, match=r'pytorch_model.bin, a pickle: reading it would run'):
     hf.look(tmp_path)
@@ -160,7 +131,7 @@ def test_a_pickle_is_refused_unread(tmp_path):
   ],
 )
 def test_another_model_is_refused(tmp_path, about, told):
-  theirs('gpt2').save_pretrained(tmp_path)
+  their_models.make('gpt2').save_pretrained(tmp_path)
   before = json.loads((tmp_path / 'config.json').read_text())
   (tmp_path / 'config.json').write_text(json.dumps(before | about))
   with pytest.raises(Mistake, match=told):
@@ -169,7 +140,7 @@ def test_another_model_is_refused(tmp_path, about, told):
 
 @pytest.mark.parametrize('cut', ['config.json', hf.ONE])
 def test_a_folder_that_was_cut_is_told(tmp_path, cut):
-  theirs('gpt2').save_pretrained(tmp_path)
+  their_models.make('gpt2').save_pretrained(tmp_path)
   data = (tmp_path / cut).read_bytes()
   (tmp_path / cut).write_bytes(data[: len(data) // 2])
   with pytest.raises(Mistake, match=cut):

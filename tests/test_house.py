@@ -42,6 +42,9 @@ FLOORS = {
   'data.mixture': 0,
   'data.engines': 0,
   'attention': 1,
+  'cache': 1.5,
+  'sampling': 1,
+  'decode': 3.75,
   'kernels': 1.5,
   'loss': 1,
   'optimizer': 1,
@@ -72,6 +75,8 @@ FLOORS = {
   'export': 4,
   'trained': 3.75,
   'hf': 1,
+  'hf_tokenizer': 1,
+  'spoken': 1,
   'report': 4,
   'plan': 4,
 }

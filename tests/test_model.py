@@ -28,7 +28,7 @@ def textbook_gpt(params, token_bl, shape):
     y = norm(x, p['attn_norm'])
     o = np.zeros_like(x)
     for h in range(shape.n_heads):
-      q, k, v = (y @ p['attn']['qkv'][c][:, h] + p['attn']['qkv_bias'][c][h] for c in range(3))
+      q, k, v = (y @ p['attn']['qkv'][:, c, h] + p['attn']['qkv_bias'][c][h] for c in range(3))
       for b in range(B):
         for i in range(L):
           first = 0 if shape.window(n) is None else max(0, i - shape.window(n) + 1)
@@ -102,7 +102,7 @@ def test_scan_over_periods_is_a_loop_over_layers(n_layers, windows):
   def looped(blocks, x_btd):
     for n in range(n_layers):
       block = jax.tree.map(lambda a: a[n], blocks)  # noqa: B023
-      x_btd = block(x_btd, program.shape.window(n), program.numerics, None)
+      x_btd, _ = block(x_btd, program.shape.window(n), program.numerics, None)
     return x_btd
 
   with small.on():
@@ -307,4 +307,4 @@ def test_model_is_a_pytree_of_named_arrays():
   with small.on():
     params = nnx.to_pure_dict(nnx.state(GPT(small.SHAPE, key=jax.random.key(0))))
   assert set(params) == {'embed', 'position', 'blocks', 'norm'}
-  assert params['blocks']['attn']['qkv'].shape == (3, 3, 32, 4, 6)
+  assert params['blocks']['attn']['qkv'].shape == (3, 32, 3, 4, 6)

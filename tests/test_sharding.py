@@ -24,10 +24,10 @@ def test_a_letter_lies_where_the_tables_say():
     assert sharding.computed('btd') == P(('data', 'fsdp'), 'tensor', None)
   with small.on(1, 8, 1):
     assert sharding.stored('ve') == P(None, 'fsdp')
-    assert sharding.stored('ncdhk') == P(None, None, 'fsdp', None, None)
+    assert sharding.stored('ndchk') == P(None, 'fsdp', None, None, None)
   with small.on(1, 2, 2, stage=2):
     assert sharding.stored('ve') == P('tensor', ('stage', 'fsdp'))
-    assert sharding.stored('ncdhk') == P('stage', None, 'fsdp', 'tensor', None)
+    assert sharding.stored('ndchk') == P('stage', 'fsdp', None, 'tensor', None)
     assert sharding.computed('vd') == P(('tensor', 'stage'), None)
     assert sharding.computed('bld') == P('fsdp', None, None)
 
