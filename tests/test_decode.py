@@ -1,0 +1,197 @@
+"""Token by token is what the model says of the whole row; searches are those of `transformers`."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from gptjax import decode
+from gptjax.sampling import Sampling
+from tests import small, their_models
+
+GREEDY = Sampling(0.0, 0, 1.0, 0)
+WARM = Sampling(1.5, 0, 1.0, 0)
+END = 249
+
+
+@pytest.fixture(scope='module')
+def loud():
+  """A model with opinions: ten times the weights that training starts from."""
+  program = small.program()
+  with small.on():
+    return program, jax.tree.map(lambda a: np.asarray(10 * a), small.init(program)['params'])
+
+
+def laid(program, params):
+  like = program.abstract_state()['params']
+  return jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), params, like)
+
+
+def decoder(model, rows, positions=None):
+  program, params = model
+  return decode.Decoder(program, laid(program, params), rows, positions)
+
+
+def sampled(model, prompts, count, how=GREEDY, seed=0, numbers=None, mesh=None):
+  with small.on(**mesh or {}):
+    numbers = numbers or [*range(len(prompts))]
+    made = decode.sample(decoder(model, len(prompts)), prompts, count, how, seed, numbers)
+    return np.stack([*made], 1).tolist()
+
+
+def without_cache(model, prompt, count):
+  """The likeliest tokens by full forward passes."""
+  program, params = model
+  tokens = list(prompt)
+  with small.on():
+    logits, params = jax.jit(program.logits), laid(program, params)
+    for _ in range(count):
+      told = tokens[-decode.seen(len(tokens), program.shape.context) :]
+      padded = np.zeros((1, program.shape.context), np.int32)
+      padded[0, : len(told)] = told
+      tokens.append(int(np.argmax(logits(params, padded)[0, len(told) - 1])))
+  return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize('windows', [(None, 5), (None,), (4,)])
+def test_greedy_is_the_likeliest_token_far_past_the_end_of_the_context(windows):
+  program = small.program(dataclasses.replace(small.SHAPE, windows=windows))
+  with small.on():
+    params = jax.tree.map(lambda a: np.asarray(10 * a), small.init(program)['params'])
+  prompts = [[3, 1, 4], [7] * 9, [*range(20)]]
+  got = sampled((program, params), prompts, 40)
+  assert got == [without_cache((program, params), prompt, 40) for prompt in prompts]
+
+
+def test_prompts_of_many_chunks(loud, monkeypatch):
+  monkeypatch.setattr(decode, 'CHUNK', 3)
+  prompts = [[*range(14)], [5, 6], [9] * 7]
+  assert sampled(loud, prompts, 9) == [without_cache(loud, prompt, 9) for prompt in prompts]
+
+
+@pytest.mark.parametrize('context', [1, 2, 3, 16, 17])
+def test_what_is_seen_fits_and_only_grows_until_half_is_let_go(context):
+  lengths = range(1, 6 * context)
+  seen = [decode.seen(length, context) for length in lengths]
+  assert seen[:context] == [*lengths][:context]
+  assert all(1 <= s <= context for s in seen)
+  begins = [length - s for length, s in zip(lengths, seen, strict=True)]
+  assert {b - a for a, b in zip(begins, begins[1:], strict=False)} <= {0, max(1, context // 2)}
+
+
+def test_what_is_drawn_for_a_row_depends_on_nothing_else_in_the_batch(loud):
+  prompts = [[3, 1, 4], [7] * 9, [2]]
+  together = sampled(loud, prompts, 30, WARM, seed=3)
+  apart = [sampled(loud, [prompt], 30, WARM, 3, [i])[0] for i, prompt in enumerate(prompts)]
+  assert together == apart
+  assert sampled(loud, prompts, 30, WARM, seed=4) != together
+  other = sampled(loud, [[2]] * 2, 30, WARM, 3, [0, 1])
+  assert other[0] != other[1]
+
+
+@pytest.mark.parametrize('mesh', [{'tensor': 2}, {'tensor': 4}])
+def test_a_model_split_over_devices_says_the_same(loud, mesh):
+  prompts = [[3, 1, 4], [7] * 9]
+  assert sampled(loud, prompts, 20, mesh=mesh) == sampled(loud, prompts, 20)
+
+
+def test_two_programs_serve_all_lengths(loud):
+  with small.on():
+    made = decoder(loud, 1)
+    for length in (1, 5, 11):
+      for _ in decode.sample(made, [[3] * length], 4, GREEDY, 0, [0]):
+        pass
+  assert made._read._cache_size() == 2
+
+
+def test_the_padding_of_the_vocabulary_is_never_drawn(loud):
+  hottest = sampled(loud, [[5]], 60, Sampling(1e30, 0, 1.0, 0))[0]
+  assert len(set(hottest)) > 40 and max(hottest) < loud[0].shape.vocab_size
+
+
+# As transformers.
+
+
+@pytest.fixture(scope='module', params=['gpt2', 'gpt_neo'])
+def both(request, tmp_path_factory):
+  with small.on():
+    model, program, params = their_models.same_here(request.param, tmp_path_factory.mktemp('there'))
+  return model, (program, params)
+
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
+
+
+def theirs(model, prompts, **settings):
+  with torch.no_grad():
+    made = model.generate(
+      torch.tensor(prompts),
+      attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
+      do_sample=False,
+      pad_token_id=END,
+      **settings,
+    )
+  return made[:, len(prompts[0]) :].tolist()
+
+
+def upto(tokens, end):
+  return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+@pytest.mark.parametrize('no_repeat', [0, 1, 2, 3])
+def test_greedy_is_theirs(both, no_repeat):
+  model, ours = both
+  want = theirs(
+    model, PROMPTS, max_new_tokens=19, no_repeat_ngram_size=no_repeat, eos_token_id=None
+  )
+  assert sampled(ours, PROMPTS, 19, Sampling(0.0, 0, 1.0, no_repeat)) == want
+
+
+def test_greedy_of_prompts_of_different_lengths_is_theirs(both):
+  model, ours = both
+  prompts = [[3, 1, 4, 1, 5], [9, 2], [7]]
+  want = [theirs(model, [prompt], max_new_tokens=19, eos_token_id=None)[0] for prompt in prompts]
+  assert sampled(ours, prompts, 19) == want
+
+
+@pytest.mark.parametrize('width, penalty', [(1, 0.6), (2, 1.0), (4, 0.6), (4, 0.0), (5, -1.0)])
+@pytest.mark.parametrize('no_repeat', [0, 2])
+def test_beam_search_is_theirs(both, width, penalty, no_repeat):
+  model, ours = both
+  # The end is a token that they like, so that some beams end before others.
+  end = max(
+    greedy := theirs(model, PROMPTS, max_new_tokens=12, eos_token_id=None)[0], key=greedy.count
+  )
+  for stop in (end, 17):
+    with small.on():
+      made = decoder(ours, 2 * width)
+      got = decode.beams(made, PROMPTS, 12, penalty, no_repeat, stop)
+    settings = {'num_beams': width, 'length_penalty': penalty, 'no_repeat_ngram_size': no_repeat}
+    if width == 1:  # theirs is greedy then
+      settings.pop('length_penalty')
+    want = theirs(model, PROMPTS, max_new_tokens=12, eos_token_id=stop, **settings)
+    assert [each[0][0] for each in got] == [upto(tokens, stop) for tokens in want]
+
+
+def test_beams_are_scored_as_theirs(both):
+  model, ours = both
+  with small.on():
+    got = decode.beams(decoder(ours, 4), PROMPTS[:1], 8, 0.6, 0, 17)[0]
+  with torch.no_grad():
+    want = model.generate(
+      torch.tensor(PROMPTS[:1]),
+      attention_mask=torch.ones(1, 5, dtype=torch.long),
+      do_sample=False,
+      pad_token_id=END,
+      eos_token_id=17,
+      max_new_tokens=8,
+      num_beams=4,
+      num_return_sequences=4,
+      length_penalty=0.6,
+      output_scores=True,
+      return_dict_in_generate=True,
+    )
+  assert [text for text, _ in got] == [upto(t, 17) for t in want.sequences[:, 5:].tolist()]
+  np.testing.assert_allclose([score for _, score in got], want.sequences_scores, rtol=1e-4)
