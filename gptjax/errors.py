@@ -46,6 +46,15 @@ def told_as(what: object, wanted: object, fix: str, *kinds: type[Exception]) -> 
 
 
 @contextlib.contextmanager
+def needs(package: str, extra: str) -> Iterator[None]:
+  """Turns the failed import of a package that an extra brings into a Mistake."""
+  try:
+    yield
+  except ImportError:
+    raise Mistake(f"{package} is not installed; try pip install -e '.[{extra}]'") from None
+
+
+@contextlib.contextmanager
 def told_plainly() -> Iterator[None]:
   """Turns a Mistake into its message on stderr and exit code 2: for the door of an entry."""
   # What a terminal cannot show is no reason to lose a run, or its result.

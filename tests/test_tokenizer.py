@@ -84,7 +84,7 @@ def test_gpt2_is_openais(gpt2):
     ('encoder.json', '[', 'got JSONDecodeError'),
     ('encoder.json', None, 'no tokenizer.json'),
     ('vocab.bpe', None, 'got FileNotFoundError'),
-    ('vocab.bpe', '#version\nt h\nh e\n', 'an encoder.json and a vocab.bpe that differ'),
+    ('vocab.bpe', '#version\nt h\nh e\n', 'a vocabulary and merges that differ'),
   ],
 )
 def test_files_of_gpt2_that_do_not_belong_together_are_refused(tmp_path, name, text, told):
@@ -110,7 +110,7 @@ def test_sentencepiece_compresses_real_text(trained):
 
 
 def in_stretches(tokenizer, text, length):
-  cut = tokenizers.SentencePiece(tokenizer._model)
+  cut = tokenizers.SentencePiece(tokenizer.model)
   cut._stretch = length
   return cut.encode(text), len([*cut._stretches(text)])
 
@@ -286,7 +286,7 @@ def test_load_refuses(trained, tmp_path):
   with pytest.raises(Mistake, match='no tokenizer.json'):
     tokenizers.load(tmp_path)
   trained.save(tmp_path)
-  (tmp_path / 'tokenizer.model').write_bytes(tokenizers.train_sentencepiece(SOURCES, 601)._model)
+  (tmp_path / 'tokenizer.model').write_bytes(tokenizers.train_sentencepiece(SOURCES, 601).model)
   with pytest.raises(Mistake, match='do not belong together'):
     tokenizers.load(tmp_path)
   (tmp_path / 'tokenizer.model').write_bytes(b'not a model')

@@ -25,6 +25,11 @@ CARD = 'tokenizer.json'  # kind and identity, beside whatever files the kind nee
 MODEL = 'tokenizer.model'
 RANKS = 'tokenizer.tiktoken'
 
+# How GPT-2's files write a byte: those that do not print, as the characters from U+0100 on.
+_PRINTING = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [b for b in range(256) if b not in _PRINTING]
+BYTES_THERE = {b: chr(b) for b in _PRINTING} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
+
 
 class Tokenizer(Protocol):
   """What the rest of the house knows of a tokenizer.
@@ -81,7 +86,7 @@ class SentencePiece:
 
   def __init__(self, model: bytes):
     try:
-      self._model, self._sp = model, sentencepiece.SentencePieceProcessor(model_proto=model)
+      self.model, self._sp = model, sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as e:
       raise mistake(
         'tokenizer model', f'bytes SentencePiece cannot read ({e})', 'a .model file', 'another file'
@@ -110,6 +115,12 @@ class SentencePiece:
         'a model trained with byte fallback, identity normalisation and no dummy prefix',
       )
 
+  def pieces(self) -> list[tuple[str, float | None]]:
+    """All pieces and their scores; None for those that no text is merged to."""
+    plain = lambda i: not (self._sp.is_byte(i) or self._sp.is_control(i) or self._sp.is_unknown(i))
+    scores = [self._sp.get_score(i) if plain(i) else None for i in range(self.vocab_size)]
+    return [*zip(self._sp.id_to_piece([*range(self.vocab_size)]), scores, strict=True)]
+
   def encode(self, text: str) -> np.ndarray:
     tokens = [np.zeros(0, np.int32)]
     for i, between in enumerate(text.split('\u2581')):
@@ -131,7 +142,7 @@ class SentencePiece:
     return self._sp.decode([int(t) for t in tokens])
 
   def save(self, folder: str) -> None:
-    files.write_whole(os.path.join(folder, MODEL), self._model)
+    files.write_whole(os.path.join(folder, MODEL), self.model)
     _save_card(folder, 'sentencepiece', self.identity)
 
 
@@ -152,19 +163,19 @@ class Gpt2:
   vocab_size = 50257
 
   def __init__(self, ranks: Mapping[bytes, int]):
-    self._ranks = dict(sorted(ranks.items(), key=operator.itemgetter(1)))
+    self.ranks = dict(sorted(ranks.items(), key=operator.itemgetter(1)))
     single = {bytes([b]) for b in range(256)}
-    if [*self._ranks.values()] != [*range(self.end_of_text)] or not single <= self._ranks.keys():
+    if [*self.ranks.values()] != [*range(self.end_of_text)] or not single <= self.ranks.keys():
       raise mistake(
         'tokenizer',
-        f'{len(self._ranks)} tokens',
+        f'{len(self.ranks)} tokens',
         f"GPT-2's {self.end_of_text}, numbered from 0",
         'encoder.json and vocab.bpe of GPT-2, or r50k_base.tiktoken',
       )
     self._bpe = tiktoken.Encoding(
       'gpt2',
       pat_str=self._pattern,
-      mergeable_ranks=self._ranks,
+      mergeable_ranks=self.ranks,
       special_tokens={END_OF_TEXT: self.end_of_text},
     )
     self.identity = hashlib.sha256(b'gpt2\0' + self._file()).hexdigest()
@@ -187,7 +198,7 @@ class Gpt2:
     _save_card(folder, 'gpt2', self.identity)
 
   def _file(self) -> bytes:
-    lines = (b'%s %d\n' % (base64.b64encode(token), rank) for token, rank in self._ranks.items())
+    lines = (b'%s %d\n' % (base64.b64encode(token), rank) for token, rank in self.ranks.items())
     return b''.join(lines)
 
 
@@ -198,24 +209,39 @@ def _ranks_of_tiktoken(path: epath.Path) -> dict[bytes, int]:
     return {base64.b64decode(t, validate=True): int(rank) for t, rank in map(bytes.split, lines)}
 
 
-def _ranks_of_gpt2(folder: epath.Path) -> dict[bytes, int]:
+def _ranks_of_gpt2(folder: epath.Path, names: tuple[str, str]) -> dict[bytes, int]:
   """The tokens of GPT-2's own encoder.json, which vocab.bpe must agree with."""
-  # GPT-2 writes bytes that do not print as the characters from U+0100 on.
-  printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [b for b in range(256) if b not in printing]
-  byte_of = {chr(b): b for b in printing} | {chr(256 + i): b for i, b in enumerate(others)}
-  wanted = "GPT-2's encoder.json and vocab.bpe"
+  wanted = f"GPT-2's {' and '.join(names)}"
   with told_as(folder, wanted, 'fetching them again', Exception):
-    ids = json.loads((folder / 'encoder.json').read_bytes())
-    ids.pop(END_OF_TEXT)
-    merges = (folder / 'vocab.bpe').read_bytes().decode().splitlines()[1:]
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in ids.items()}
-    merged = [ids[line.replace(' ', '')] for line in merges]
-  if merged != [*range(256, 256 + len(merged))]:
-    raise mistake(
-      folder, 'an encoder.json and a vocab.bpe that differ', wanted, 'both of one model'
-    )
+    ids = json.loads((folder / names[0]).read_bytes())
+    merges = (folder / names[1]).read_bytes().decode().splitlines()[1:]
+    return _ranks(folder, ids, [line.split(' ') for line in merges])
+
+
+def _ranks(where, ids, merges) -> dict[bytes, int]:
+  """The bytes of GPT-2's tokens, of which each but the first 256 is a merge, in order."""
+  byte_of = {there: b for b, there in BYTES_THERE.items()}
+  ranks = {bytes(map(byte_of.get, token)): i for token, i in ids.items() if token != END_OF_TEXT}
+  if [ids[a + b] for a, b in merges] != [*range(256, 256 + len(merges))]:
+    got = 'a vocabulary and merges that differ'
+    raise mistake(where, got, "GPT-2's tokens, numbered as merged", 'both of one model')
   return ranks
+
+
+def _theirs(card: epath.Path, about: dict) -> Tokenizer:
+  """The tokenizer of a folder of Hugging Face."""
+  if (card.parent / MODEL).exists():  # our own export has it
+    return SentencePiece(_bytes_of(card.parent / MODEL))
+  wanted = "GPT-2's byte-level BPE, bytes, or a SentencePiece tokenizer.model beside it"
+  with told_as(card, wanted, 'the tokenizer of GPT-2', Exception):
+    ids, merges = about['model']['vocab'], about['model']['merges']
+    for token in about['added_tokens']:
+      ids[token['content']] = token['id']
+    merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in merges]
+    if not merges and [ids.get(BYTES_THERE[b]) for b in range(256)] == [*range(256)]:
+      if len(ids) == Bytes.vocab_size and ids[END_OF_TEXT] == Bytes.end_of_text:
+        return Bytes()
+    return Gpt2(_ranks(card, ids, merges))
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePiece:
@@ -250,7 +276,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePiece:
 
 
 def load(path: str) -> Tokenizer:
-  """The tokenizer of a folder (one we saved, or GPT-2's own files), a .model or a .tiktoken file.
+  """The tokenizer of a folder (one we saved, GPT-2's own files, or one of Hugging Face with GPT-2's
+  or ours), a .model or a .tiktoken file.
 
   Raises Mistake if there is none or its files do not belong together.
   """
@@ -261,8 +288,9 @@ def load(path: str) -> Tokenizer:
     return Gpt2(_ranks_of_tiktoken(path))
   if path.is_file():
     return SentencePiece(_bytes_of(path))
-  if (path / 'encoder.json').exists():
-    return Gpt2(_ranks_of_gpt2(path))
+  for names in (('encoder.json', 'vocab.bpe'), ('vocab.json', 'merges.txt')):
+    if (path / names[0]).exists():
+      return Gpt2(_ranks_of_gpt2(path, names))
   card = path / CARD
   if not card.exists():
     raise mistake(
@@ -274,6 +302,8 @@ def load(path: str) -> Tokenizer:
     )
   with told_as(card, 'the kind and identity of a tokenizer', 'copying it again', Exception):
     about = json.loads(_bytes_of(card))
+    if 'model' in about:
+      return _theirs(card, about)
     kind, identity = about['kind'], about['identity']
   if kind == 'bytes':
     tokenizer = Bytes()
