@@ -30,8 +30,7 @@ train: $(INSTALLED)
 	$(BIN)/python -m gptjax.prepare --config=configs/corpus.py --config.source=stdlib \
 	  --config.out=data/stdlib --config.context=256
 	$(BIN)/python -m gptjax.train --config=configs/tiny.py --config.workdir=runs/tiny
-	$(BIN)/python -m gptjax.generate --config=configs/generate.py --config.workdir=runs/tiny \
-	  --config.prompt='def main('
+	$(BIN)/python -m gptjax.generate --workdir=runs/tiny --prompt='def main('
 	$(BIN)/python -m gptjax.report runs/tiny
 
 test: $(INSTALLED)

@@ -211,6 +211,15 @@ def reopened(text: str) -> Program:
   return resolve(config, jax.devices()[:1]).program
 
 
+def untrained(shape: Shape) -> Program:
+  """A program for weights that were trained elsewhere: to read with; what trains is not set."""
+  devices = jax.devices()
+  dtype = jnp.dtype('float32' if devices[0].platform == 'cpu' else 'bfloat16')
+  attend = kernels.choose('chunked', devices, shape, dtype, 0.0)
+  numerics = Numerics(dtype, attend, 'none', 0.0)
+  return Program(shape, numerics, AdamW(0.0, 0.0, 1.0, 0.0, 1.0), shape.context, 0, Guard(0.0, 2))
+
+
 def check_seed(seed: int) -> None:
   """Raises for a seed that JAX would cut."""
   _at_least('seed', seed, 0)

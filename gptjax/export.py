@@ -1,28 +1,41 @@
-"""`python -m gptjax.export --config=configs/export.py` writes a run for Hugging Face."""
+"""`python -m gptjax.export --workdir=runs/tiny --out=exported` writes a run for Hugging Face.
 
+`AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load the folder as it is.
+"""
+
+import argparse
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from gptjax import flags, hf, sharding, trained
-from gptjax.errors import mistake
+from gptjax import flags, hf, hf_tokenizer, trained
+from gptjax.errors import told_plainly
 from gptjax.sizes import Shape
 from gptjax.step import Program
 
 TESTED = 256  # tokens, of which the logits are compared where something was folded
 
 
-def main(config: ConfigDict) -> None:
-  """Writes the last checkpoint of a run as a model of their classes."""
-  if not config.out:
-    raise mistake('out', 'none', 'a folder that is not there yet', '--config.out=exported')
-  run = trained.look(config.workdir)
-  with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
-    params, shape = run.params(), run.program.shape
-    family = hf.save(config.out, shape, params, _logits(run.program), run.tokenizer.end_of_text)
-  print(f'{shape.n_params:,} parameters as {family} in {config.out}')
+def main(argv: Sequence[str] | None = None) -> None:
+  """Writes the last checkpoint of a run as a model of their classes.
+
+  Raises:
+    Mistake: if there is no run, or it cannot be written as one of theirs.
+  """
+  parser = argparse.ArgumentParser(prog='python -m gptjax.export', description=__doc__)
+  parser.add_argument('--workdir', required=True, help='of the run')
+  parser.add_argument('--out', required=True, metavar='DIR', help='a folder that is not there yet')
+  a = parser.parse_args(argv)
+  run = trained.look(a.workdir)
+  text = run.tokenizer()
+  hf_tokenizer.check()
+  with trained.over(1, run.shape):
+    params = run.params()
+    family = hf.save(a.out, run.shape, params, _logits(run.program), text.end_of_text)
+  hf_tokenizer.save(a.out, text, run.shape.context)
+  print(f'{run.shape.n_params:,} parameters as {family}, and their tokenizer, in {a.out}')
 
 
 def _logits(program: Program):
@@ -39,4 +52,5 @@ def _logits(program: Program):
 
 
 if __name__ == '__main__':
-  flags.run(main, __doc__)
+  with told_plainly(), flags.told_where_stopped():
+    main()

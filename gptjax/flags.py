@@ -34,7 +34,7 @@ def run(
     config = parse([sys.argv[0], *words], vars(own) if options else ())
     # Libraries with absl flags of their own refuse to be used before these are parsed.
     flags.FLAGS(sys.argv[:1])
-    with _told_where_stopped(), _lacks_nothing(sys.argv):
+    with told_where_stopped(), _lacks_nothing(sys.argv):
       main(config, own) if options else main(config)
 
 
@@ -53,7 +53,7 @@ def _lacks_nothing(argv: Sequence[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_where_stopped() -> Iterator[None]:
+def told_where_stopped() -> Iterator[None]:
   """Ends on Ctrl-C as programs do, without a traceback."""
   try:
     yield

@@ -1,46 +1,85 @@
-"""A run that has trained, for those who use what it made."""
+"""A model that has trained, for those who use it: a run of ours, or a folder of Hugging Face."""
 
+import contextlib
 import dataclasses
+import json
+from collections.abc import Callable, Iterator
 
+import jax
 from etils import epath
 
-from gptjax import checkpoint, config, files
+from gptjax import checkpoint, config, files, hf, sharding
 from gptjax.data import tokenizer
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import mistake, told_as
+from gptjax.sizes import Shape
 from gptjax.step import Program
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """A run whose config and tokenizer were read; one device is enough for it."""
+  """A model of which nothing but what it is was read."""
 
-  workdir: epath.Path
-  program: Program
-  tokenizer: tokenizer.Tokenizer
+  folder: epath.Path
+  program: Program  # computed on any devices, whatever it was trained on
+  load: Callable[[dict], dict]
+
+  @property
+  def shape(self) -> Shape:
+    """Of the model."""
+    return self.program.shape
 
   def params(self) -> dict:
-    """The weights of its last checkpoint, on the mesh that is set."""
-    like = self.program.abstract_state()['params']
-    return checkpoint.load_params(self.workdir / 'checkpoints', like)
+    """Its weights, on the mesh that is set."""
+    return self.load(self.program.abstract_state()['params'])
+
+  def tokenizer(self) -> Tokenizer:
+    """The one it was trained with.
+
+    Raises:
+      Mistake: if it has none, or another model's.
+    """
+    text = tokenizer.load(self.folder)
+    if text.vocab_size != self.shape.vocab_size:
+      wanted = f'{self.shape.vocab_size} tokens, as in config.json'
+      got, fix = f'{text.vocab_size} tokens', 'the folder as it was made'
+      raise mistake(f'tokenizer in {self.folder}', got, wanted, fix)
+    return text
 
 
 def look(path: str) -> Trained:
-  """The run in a workdir, computed on one device whatever it was trained on.
+  """The model in the workdir of a run, or in a folder that `save_pretrained` made.
 
   Raises:
-    Mistake: if there is none, or what it wrote does not belong together.
+    Mistake: if there is none, or what is there does not belong together.
   """
-  workdir = files.folder(path)
-  if not (workdir / 'config.json').exists():
-    got = f'{path}, without a config.json'
-    raise mistake(
-      'workdir', got, 'the workdir of a run', 'training one, or --config.workdir=runs/…'
-    )
-  with told_as(workdir / 'config.json', 'the config of a run', 'training on writes it', Exception):
-    program = config.reopened((workdir / 'config.json').read_text())
-  text = tokenizer.load(workdir)
-  if text.vocab_size != program.shape.vocab_size:
-    wanted = f'{program.shape.vocab_size} tokens, as in config.json'
-    got, fix = f'{text.vocab_size} tokens', 'the workdir as training left it'
-    raise mistake(f'tokenizer in {workdir}', got, wanted, fix)
-  return Trained(workdir, program, text)
+  folder = files.folder(path)
+  about = folder / 'config.json'
+  if not about.exists():
+    got, wanted = f'{path}, without a config.json', 'the workdir of a run, or a folder of weights'
+    raise mistake('model', got, wanted, 'training one, or --workdir=runs/…')
+  wanted = 'the config of a run, or of a model of Hugging Face'
+  with told_as(about, wanted, 'the folder as it was made', Exception):
+    text = about.read_text()
+    theirs = 'model_type' in json.loads(text)
+    if not theirs:
+      program = config.reopened(text)
+      load = lambda like: checkpoint.load_params(folder / 'checkpoints', like)
+      return Trained(folder, program, load)
+  found = hf.look(path)
+  return Trained(folder, config.untrained(found.shape), lambda like: hf.load(found, like))
+
+
+@contextlib.contextmanager
+def over(tensor: int, shape: Shape) -> Iterator[None]:
+  """Sets a mesh that splits a model of a shape over so many devices.
+
+  Raises:
+    Mistake: if there are fewer, or the model cannot be split like that.
+  """
+  devices = jax.devices()
+  if not 1 <= tensor <= len(devices):
+    raise mistake('--tensor', tensor, f'1 … {len(devices)}, the devices here', '--tensor=1')
+  sharding.check(shape, dict.fromkeys(sharding.AXES, 1) | {'tensor': tensor}, tensor)
+  with jax.set_mesh(sharding.make_mesh(1, 1, tensor, devices[:tensor])):
+    yield

@@ -35,6 +35,5 @@ run launch/gpu.sh --config=configs/gpt3.py:125m --config.workdir=runs/gpu-smoke 
   --config.train_tokens=10e6 --config.lr.warmup_tokens=1e6 --config.lr.decay_tokens=10e6 \
   --config.batch.sequences=32 --config.batch.ramp_tokens=2e6 --config.compute.microbatch=8 \
   --config.eval.every_tokens=2e6 --config.save.every_tokens=5e6 "$@"
-run "$PYTHON" -m gptjax.generate --config=configs/generate.py --config.workdir=runs/gpu-smoke \
-  --config.prompt='def main('
+run "$PYTHON" -m gptjax.generate --workdir=runs/gpu-smoke --prompt='def main('
 run "$PYTHON" -m gptjax.report runs/gpu-smoke

@@ -5,31 +5,36 @@ import pytest
 import torch
 import transformers
 
-from configs import export as configs
 from gptjax import export, trained
 from gptjax.errors import Mistake
 from tests import small
 
 
-def test_a_trained_run_has_the_same_logits_there(straight, tmp_path, run_python):
+def test_a_trained_run_says_the_same_there(straight, tmp_path, run_python):
+  """Its logits, its tokens, and what `generate` makes of them; and the folder is a model here."""
   out = tmp_path / 'out'
-  flags = [f'--config.workdir={straight[0]}', f'--config.out={out}']
-  command = ['-m', 'gptjax.export', '--config=configs/export.py', *flags]
+  command = ['-m', 'gptjax.export', f'--workdir={straight[0]}', f'--out={out}']
   done = run_python(command, timeout=120)
-  assert done.stdout == f'26,400 parameters as gpt_neo in {out}\n'
+  assert done.stdout == f'26,400 parameters as gpt_neo, and their tokenizer, in {out}\n'
   model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+  text = transformers.AutoTokenizer.from_pretrained(out)
   run = trained.look(straight[0])
-  token_bl = np.array([[run.tokenizer.end_of_text, *run.tokenizer.encode('def main(')]])
+  end = run.tokenizer().end_of_text
+  token_bl = np.array([[end, *text('def main(')['input_ids']]])
+  assert token_bl.tolist() == [[end, *run.tokenizer().encode('def main(')]]
   with torch.no_grad():
     got = model(torch.tensor(token_bl)).logits.numpy()
+    made = model.generate(torch.tensor(token_bl), max_new_tokens=16, do_sample=False)
   with small.on():
     want = np.asarray(run.program.logits(run.params(), token_bl))[..., :257]
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  greedy = ['--prompt=def main(', '--tokens=16', '--temperature=0']
+  for model in (f'--workdir={straight[0]}', f'--hf={out}'):
+    said = run_python(['-m', 'gptjax.generate', model, *greedy], timeout=120).stdout
+    assert said == text.decode(made[0], skip_special_tokens=True) + '\n'
   assert 'a folder with files' in run_python(command, timeout=120, code=2).stderr
 
 
-def test_no_place_is_told():
-  with pytest.raises(Mistake, match='out: got none'):
-    c = configs.get_config()
-    c.out = ''
-    export.main(c)
+def test_no_run_is_told(tmp_path):
+  with pytest.raises(Mistake, match='without a config.json'):
+    export.main([f'--workdir={tmp_path}', f'--out={tmp_path / "out"}'])

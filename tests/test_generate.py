@@ -1,165 +1,187 @@
-"""A sample is what the model's own logits say, and the entry speaks with a trained model."""
+"""The entry continues prompts with a trained model, and says plainly what it cannot do."""
 
-import dataclasses
+import io
 import json
-import math
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from configs import generate as configs
-from gptjax import generate
+from gptjax import generate, trained
 from gptjax.errors import Mistake
-from tests import small
+from tests import small, their_models
 
-END = 249
-
-
-def sample(program, params, prompt, count, temperature, seed=0, end=END):
-  with small.on():
-    return generate.sample(program, params, prompt, count, temperature, seed, end)
+GREEDY = ('--temperature=0', '--tokens=12')
 
 
-@pytest.fixture(scope='module')
-def loud():
-  """A model with opinions: ten times the weights that training starts from."""
-  program = small.program()
-  with small.on():
-    return program, jax.tree.map(lambda a: 10 * a, small.init(program)['params'])
+@pytest.fixture
+def say(straight, capsys, monkeypatch):
+  """What the entry prints, of the run that all tests have unless it is told another."""
+
+  def said(*flags, stdin=None, model=f'--workdir={straight[0]}'):
+    monkeypatch.setattr('sys.stdin', io.StringIO(stdin) if stdin is not None else Terminal())
+    generate.main([model, *flags])
+    return capsys.readouterr()
+
+  return said
 
 
-def test_greedy_takes_the_likeliest_token_past_the_end_of_the_context(loud):
-  program, params = loud
-  T = program.shape.context
-  tokens = [3, 1, 4]
-  got = sample(program, params, tokens, T + 5, temperature=0.0, end=-1)
-  with small.on():
-    logits = jax.jit(program.logits)
-    for _ in range(T + 5):
-      recent = np.asarray([tokens[-T:]])
-      tokens.append(int(np.argmax(logits(params, recent)[0, -1])))
-  assert got == tokens[3:]
+class Terminal(io.StringIO):
+  """Where nobody types anything."""
+
+  def isatty(self):
+    return True
 
 
-def test_seed_decides_and_padding_is_never_drawn(loud):
-  program, params = loud
-  draw = lambda seed: sample(program, params, [5], 30, 5.0, seed, end=-1)
-  hottest = sample(program, params, [5], 30, 1e300, end=-1)
-  assert len(set(hottest)) > 20 and max(hottest) < program.shape.vocab_size
-  assert draw(0) == draw(0) != draw(1)
-  assert max(draw(0) + draw(1)) < program.shape.vocab_size
-
-
-def test_end_of_text_ends_it(loud):
-  program, params = loud
-  whole = sample(program, params, [5], 10, 1.0, end=-1)
-  assert sample(program, params, [5], 10, 1.0, end=whole[4]) == whole[: whole.index(whole[4])]
-
-
-def test_temperature_is_the_distributions(loud):
-  program, params = loud
-  program = dataclasses.replace(program)
-  with small.on():
-    logit_v = np.asarray(jax.jit(program.logits)(params, np.asarray([[7]])))[0, -1]
-  likely = int(np.argmax(logit_v))
-  p = np.exp(logit_v / 2 - np.logaddexp.reduce(logit_v / 2))
-  draws = [sample(program, params, [7], 1, 2.0, seed, end=-1)[0] for seed in range(60)]
-  share = draws.count(likely) / 60
-  assert abs(share - p[likely]) < 4 * np.sqrt(p[likely] * (1 - p[likely]) / 60) + 1e-9
-
-
-def test_entry_continues_a_prompt_with_a_trained_model(straight, run_python):
-  workdir, _ = straight
-  flags = [f'--config.workdir={workdir}', '--config.prompt=def ', '--config.tokens=20']
-  command = ['-m', 'gptjax.generate', '--config=configs/generate.py', *flags]
-  said = run_python(command, timeout=120).stdout
+def test_the_program_continues_a_prompt(straight, run_python):
+  flags = [f'--workdir={straight[0]}', '--prompt=def ', '--tokens=20']
+  said = run_python(['-m', 'gptjax.generate', *flags], timeout=120).stdout
   assert said.startswith('def ') and len(said) > 5
-  assert run_python(command, timeout=120).stdout == said
+  assert run_python(['-m', 'gptjax.generate', *flags], timeout=120).stdout == said
 
 
-def entry_config(workdir, **knobs):
-  config = configs.get_config()
-  config.update({'workdir': str(workdir)} | knobs)
-  return config
+def test_greedy_is_what_the_trained_model_finds_likeliest(straight, say):
+  run = trained.look(str(straight[0]))
+  text = run.tokenizer()
+  tokens = [text.end_of_text, *text.encode('def ')]
+  with small.on():
+    logits, params = jax.jit(run.program.logits), run.params()
+    for _ in range(12):
+      padded = np.zeros((1, 32), np.int32)
+      padded[0, : len(tokens)] = tokens
+      tokens.append(int(np.argmax(logits(params, padded)[0, len(tokens) - 1])))
+  assert say('--prompt=def ', *GREEDY).out == text.decode(tokens) + '\n'
 
 
-def test_entry_passes_on_what_it_was_told(straight, monkeypatch, capsys):
-  workdir, _ = straight
-  asked = []
-
-  def sampled(*args):
-    asked.append(args[2:])
-    return [104, 105]
-
-  monkeypatch.setattr(generate, 'sample', sampled)
-  knobs = {'prompt': 'ab', 'tokens': 9, 'temperature': 0.5, 'seed': 4}
-  generate.main(entry_config(workdir, **knobs))
-  end = 256
-  assert asked == [([end, 97, 98], 9, 0.5, 4, end)]
-  assert capsys.readouterr() == ('abhi\n', '')
-  generate.main(entry_config(workdir, prompt='x' * 40))
-  told = 'the model sees the last 32 of its 41 tokens'
-  assert told in capsys.readouterr().err
+def test_flags_reach_what_is_drawn(say):
+  plain = say('--prompt=def ', '--tokens=12').out
+  assert say('--prompt=def ', '--tokens=12').out == plain
+  assert say('--prompt=def ', '--tokens=12', '--seed=1').out != plain
+  assert say('--prompt=def ', '--tokens=12', '--temperature=5').out != plain
+  greedy = say('--prompt=def ', *GREEDY).out
+  for narrow in ('--top-k=1', '--top-p=1e-6'):
+    assert say('--prompt=def ', '--tokens=12', narrow).out == greedy
+  unlike = say('--prompt=def ', *GREEDY, '--no-repeat=1').out
+  assert len(set(unlike[4:].strip('\n'))) == len(unlike[4:].strip('\n'))
+  assert say('--prompt=def ', *GREEDY, '--tensor=2').out == greedy
 
 
-def test_temperature_and_seed_reach_the_sample(straight, capsys):
-  workdir, _ = straight
+def test_it_ends_before_a_stop(say):
+  whole = say('--prompt=def ', *GREEDY).out
+  stop = whole[6:8]
+  assert say('--prompt=def ', *GREEDY, f'--stop={stop}').out == whole[: whole.index(stop, 4)] + '\n'
 
-  def said(**knobs):
-    generate.main(entry_config(workdir, prompt='def ', tokens=12, **knobs))
-    return capsys.readouterr().out
 
-  assert said(temperature=0.0, seed=0) == said(temperature=0.0, seed=1)
-  assert said(temperature=5.0, seed=0) != said(temperature=5.0, seed=1)
+def test_many_prompts_are_what_each_is_alone(say, tmp_path):
+  prompts = ['def ', 'import os\nimport', 'x']
+  (tmp_path / 'p.jsonl').write_text('\n'.join(map(json.dumps, prompts)))
+  flags = (*GREEDY, '--json')
+  together = say(f'--prompts={tmp_path}/p.jsonl', *flags, '--batch=2').out.splitlines()
+  together = [json.loads(line) for line in together]
+  assert [made['prompt'] for made in together] == prompts
+  for prompt, made in zip(prompts, together, strict=True):
+    assert say(f'--prompt={prompt}', *flags).out == json.dumps(made, ensure_ascii=False) + '\n'
+    assert made['ended'] == 'length' and len(made['text']) > 0
+
+
+def test_lines_of_a_file_and_standard_input_are_prompts(say, tmp_path):
+  (tmp_path / 'p.txt').write_text('def \n\nclass\n')
+  made = say(f'--prompts={tmp_path}/p.txt', *GREEDY, '--json').out.splitlines()
+  assert [json.loads(line)['prompt'] for line in made] == ['def ', 'class']
+  assert say(*GREEDY, stdin='def ').out == say('--prompt=def ', *GREEDY).out
+  assert say(*GREEDY).out == say('--prompt=', *GREEDY).out
+
+
+def test_continuations_differ_and_the_first_is_the_only_ones(say):
+  flags = ('--prompt=def ', '--tokens=12', '--json')
+  texts = [json.loads(line)['text'] for line in say(*flags, '--continuations=3').out.splitlines()]
+  assert len(set(texts)) == 3
+  assert [json.loads(say(*flags).out)['text']] == texts[:1]
+
+
+def test_beams_come_best_first(say):
+  flags = ('--prompt=def ', '--tokens=8', '--json', '--beams=4')
+  made = [json.loads(line) for line in say(*flags, '--continuations=4').out.splitlines()]
+  scores = [each['score'] for each in made]
+  assert len(made) == 4 and scores == sorted(scores, reverse=True)
+  assert json.loads(say(*flags).out) == made[0]
+  assert '--- length, score' in say(*flags[:2], '--beams=2').out
+
+
+def test_a_prompt_longer_than_the_context_is_told(say):
+  assert 'the model sees its last 25 of 41 tokens' in say('--prompt=' + 'x' * 40, *GREEDY).err
+
+
+def test_a_conversation(say):
+  said = say('--interactive', *GREEDY, stdin='def \n\n')
+  once = say('--prompt=def ', '--tokens=24', '--temperature=0').out.removesuffix('\n')
+  more = once.removeprefix(say('--prompt=def ', *GREEDY).out.removesuffix('\n'))
+  assert said.out == f'> {once[: -len(more)]}\n> {more}\n> \n'
+
+
+def test_a_model_of_hugging_face(say, tmp_path, straight):
+  """Its tokenizer is the bytes of a run, whose vocabulary is as large."""
+  their_models.make('gpt2', vocab_size=257).save_pretrained(tmp_path)
+  from gptjax import hf_tokenizer
+
+  hf_tokenizer.save(tmp_path, trained.look(str(straight[0])).tokenizer(), 24)
+  said = say('--prompt=abc', *GREEDY, model=f'--hf={tmp_path}').out
+  assert said.startswith('abc') and len(said) > 4
 
 
 @pytest.mark.parametrize(
-  'knobs, told',
+  'flags, told',
   [
-    ({'workdir': 'nowhere'}, 'workdir: got nowhere, without .*, wanted the workdir of a run'),
-    ({'temperature': -1.0}, 'temperature -1.0'),
-    ({'temperature': math.nan}, 'temperature nan'),
-    ({'temperature': math.inf}, 'temperature inf'),
-    ({'tokens': 0}, 'tokens 0'),
-    ({'seed': -1}, 'seed: got -1'),
-    ({'seed': 2**70}, 'seed: got'),
-    ({'workdir': 's3://bucket/run'}, 'got s3://bucket/run, wanted one of this machine, or gs://'),
-    ({'prompt': 'caf\udce9'}, 'prompt: got UnicodeEncodeError: .*, wanted UTF-8 text'),
+    (['--temperature=-1'], '--temperature: got -1.0, wanted a finite number'),
+    (['--temperature=nan'], '--temperature: got nan'),
+    (['--tokens=0'], '--tokens: got 0, wanted 1 or more; try --tokens=100'),
+    (['--top-p=0'], '--top-p: got 0.0'),
+    (['--top-k=-1', '--no-repeat=-1'], '2 mistakes'),
+    (['--beams=4', '--temperature=1'], '--beams: got 4, wanted no temperature'),
+    (['--beams=2', '--continuations=3'], '--continuations: got 3, wanted at most 2'),
+    (['--interactive', '--json'], 'no beams, continuations or JSON with it'),
+    (['--stop='], 'wanted some text'),
+    (['--seed=-1'], 'seed: got -1'),
+    (['--seed=1180591620717411303424'], 'seed: got'),
+    (['--tensor=3'], 'over the mesh axis tensor'),
+    (['--tensor=99'], '--tensor: got 99, wanted 1 … 8'),
+    (['--prompts=nowhere.txt'], 'nowhere.txt: got FileNotFoundError'),
+    (['--prompt=caf\udce9'], 'prompt: got UnicodeEncodeError: .*, wanted UTF-8 text'),
   ],
 )
-def test_mistakes_are_told(straight, knobs, told):
+def test_mistakes_are_told(say, flags, told):
   with pytest.raises(Mistake, match=told):
-    generate.main(entry_config(**{'workdir': straight[0]} | knobs))
+    say(*flags)
+
+
+@pytest.mark.parametrize('name, text', [('a.txt', ''), ('a.jsonl', '3'), ('a.jsonl', '{')])
+def test_a_file_of_no_prompts_is_told(say, tmp_path, name, text):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(Mistake, match=name):
+    say(f'--prompts={tmp_path / name}')
 
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"model": {"context": 8}}', '\xff'])
-def test_a_damaged_config_of_the_run_is_told(tmp_path, text):
+def test_a_damaged_config_of_the_run_is_told(say, tmp_path, text):
   (tmp_path / 'config.json').write_bytes(text.encode('latin-1'))
   with pytest.raises(Mistake):
-    generate.main(entry_config(tmp_path))
+    say('--prompt=a', model=f'--workdir={tmp_path}')
 
 
-def test_a_config_that_is_not_of_this_run_is_told(straight, tmp_path):
-  trained = json.loads((straight[0] / 'config.json').read_text())
+def test_a_config_that_is_not_of_this_run_is_told(say, straight, tmp_path):
+  about = json.loads((straight[0] / 'config.json').read_text())
   shutil.copy(straight[0] / 'tokenizer.json', tmp_path)
   for knobs, told in (
     ({'vocab_size': 300}, 'got 257 tokens, wanted 300 tokens'),
     ({'n_layers': '2'}, 'config.json: got TypeError'),
   ):
-    changed = trained | {'model': trained['model'] | knobs}
+    changed = about | {'model': about['model'] | knobs}
     (tmp_path / 'config.json').write_text(json.dumps(changed))
     with pytest.raises(Mistake, match=told):
-      generate.main(entry_config(tmp_path))
+      say('--prompt=a', model=f'--workdir={tmp_path}')
 
 
 def test_a_program_that_was_told_nonsense_shows_no_traceback(run_python):
-  command = ['-m', 'gptjax.generate', '--config=configs/generate.py', '--config.workdir=nowhere']
-  done = run_python(command, timeout=120, code=2)
+  done = run_python(['-m', 'gptjax.generate', '--workdir=nowhere'], timeout=120, code=2)
   assert 'nowhere' in done.stderr and 'Traceback' not in done.stderr
-
-
-def test_config_of_another_program_is_told(run_python):
-  done = run_python(['-m', 'gptjax.generate', '--config=configs/corpus.py'], timeout=120, code=2)
-  assert 'configs/corpus.py, which lacks what' in done.stderr and 'Traceback' not in done.stderr

@@ -228,7 +228,7 @@ def test_a_dry_run_of_the_gpu_smoke_run_says_what_would_run():
   assert prepare[:3] == ['python', '-m', 'gptjax.prepare']
   assert train[:2] == ['launch/gpu.sh', '--config=configs/gpt3.py:125m']
   assert train[-1] == '--config.seed=3'
-  assert generate[-1] == '--config.prompt=def main('
+  assert generate[-1] == '--prompt=def main('
   assert report == ['python', '-m', 'gptjax.report', 'runs/gpu-smoke']
 
 
