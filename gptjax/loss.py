@@ -16,6 +16,14 @@ def logits(x_bld: jax.Array, e_vd: jax.Array, vocab_size: int) -> jax.Array:
   return jnp.where(_ids(logit_blv) < vocab_size, logit_blv, -jnp.inf)
 
 
+def token_losses(
+  x_bld: jax.Array, e_vd: jax.Array, label_bl: jax.Array, vocab_size: int, chunk: int
+) -> jax.Array:
+  """Cross-entropy in nats of each token [b, l]; holds the logits of `chunk` positions at a time."""
+  nll = lambda _, xs: (None, _nll(*xs, e_vd, vocab_size)[0])
+  return _over_chunks(nll, None, (x_bld, label_bl), chunk)[1]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
   x_bld: jax.Array,

@@ -10,7 +10,7 @@ from jax import lax
 
 from gptjax import pipeline, sharding, stability
 from gptjax.cache import Cache
-from gptjax.loss import cross_entropy, logits
+from gptjax.loss import cross_entropy, logits, token_losses
 from gptjax.model import GPT, Numerics
 from gptjax.optimizer import AdamW
 from gptjax.sizes import Shape
@@ -108,6 +108,11 @@ class Program:
     label_bl = token_bl[:, 1:].astype(jnp.int32)
     weight_bl = weight_b[:, None] * jnp.ones_like(label_bl, jnp.float32)
     return cross_entropy(x_bld, e_vd, label_bl, weight_bl, self.shape.vocab_size, self.loss_chunk)
+
+  def token_losses(self, params: dict, token_bl: jax.Array) -> jax.Array:
+    """Cross-entropy in nats [b, l - 1] of each token but the first of its row."""
+    x_bld, e_vd = self.hidden(params, token_bl[:, :-1])
+    return token_losses(x_bld, e_vd, token_bl[:, 1:], self.shape.vocab_size, self.loss_chunk)
 
   def logits(self, params: dict, token_bl: jax.Array) -> jax.Array:
     """Logits [b, l, padded vocabulary] in f32 of the token after each; the padding has -inf."""

@@ -77,6 +77,8 @@ FLOORS = {
   'hf': 1,
   'hf_tokenizer': 1,
   'spoken': 1,
+  'scoring': 3.75,
+  'evaluate': 4,
   'report': 4,
   'plan': 4,
 }

@@ -209,14 +209,14 @@ def _find_files(source: str) -> tuple[list[str], collections.Counter[str]]:
     return files, left_out
   if path.exists():
     if not _is_file(path):
-      raise mistake('corpus', f'{source!r}, which is no file', 'a file', 'another --config.source')
+      raise mistake('corpus', f'{source!r}, which is no file', 'a file', 'another place')
     return [str(path)], left_out
   if not re.search(r'[*?[]', source):
     raise mistake(
       'corpus',
       f'{source!r}, which does not exist',
       'a folder, a glob, a file or stdlib',
-      'another --config.source',
+      'another place',
     )
   return [p for p in _glob(source) if _is_file(epath.Path(p))], left_out
 
@@ -303,7 +303,7 @@ def _read_parquet(source: Source, file: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_tfds(source: Source, file: str) -> Iterator[tuple[str, Any]]:
-  wanted, fix = 'a TFDS dataset in array_record', 'another --config.source'
+  wanted, fix = 'a TFDS dataset in array_record', 'another place'
   with told_as(file, wanted, fix, Exception):
     class_names.check(epath.Path(file).parent)
     features = tfds.features.FeaturesDict.from_config(str(epath.Path(file).parent))
