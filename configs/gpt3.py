@@ -20,6 +20,7 @@ def get_config(size: str = '125m') -> ConfigDict:
   # one; 'one'; or 'address:port,processes,index'.
   c.hosts = 'auto'
   c.seed = 0  # of the weights, the order of the data and dropout
+  c.init_from = ''  # a run's workdir or a folder of Hugging Face, for its weights; '': new ones
   c.deterministic = False  # on GPU too the same bits each time, but slower
   c.train_tokens = 300e9  # the length of the run
   c.skip_sequences = ''  # of the stream, to leave out: '1000-1999,5000-5009'; '': none

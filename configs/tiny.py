@@ -9,6 +9,7 @@ def get_config() -> ConfigDict:
   c.workdir = 'runs/tiny'
   c.hosts = 'auto'
   c.seed = 0
+  c.init_from = ''
   c.deterministic = False
   c.train_tokens = 1.5e6
   c.skip_sequences = ''

@@ -38,6 +38,7 @@ POLICY = {
   'data.sources': FREE,  # folders may move; what is in them is the corpus
   'data.prefetch': FREE,
   'seed': NEVER,
+  'init_from': NEVER,
   'deterministic': FREE,
   'model': NEVER,
   'stability.window': NEVER,  # the shape of what the guard knows

@@ -24,7 +24,7 @@ LAYERS = ('dense', 'banded')
 LARGEST = 2**20  # of a size: what is larger is a slip of the keyboard
 # Every knob of a training config, by group: no other is taken, and none may be left out.
 KNOBS = {
-  '': 'workdir hosts seed deterministic train_tokens skip_sequences profile',
+  '': 'workdir hosts seed init_from deterministic train_tokens skip_sequences profile',
   'model': 'n_layers d_model n_heads d_head d_ff context vocab_size pattern window dropout '
   'qkv_bias',
   'data': 'sources prefetch',
@@ -66,6 +66,7 @@ class Run:
   skipped: list[range]  # sequences that the config leaves out
   streak: int  # bad steps in a row after which a state is given up
   rollbacks: int  # how often that may be
+  init_from: str  # where new weights come from; '': they are drawn
   compiled: str  # a file with the compiled step; '': it is compiled at the start
 
 
@@ -148,6 +149,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     skipped=skipped,
     streak=config.stability.streak,
     rollbacks=config.stability.rollbacks,
+    init_from=config.init_from,
     compiled=config.compute.compiled,
   )
 

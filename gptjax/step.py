@@ -66,7 +66,10 @@ class Program:
 
   def init(self, key: jax.Array) -> dict:
     """A new state."""
-    params = nnx.to_pure_dict(nnx.state(GPT(self.shape, key=key)))
+    return self.begin(nnx.to_pure_dict(nnx.state(GPT(self.shape, key=key))))
+
+  def begin(self, params: dict) -> dict:
+    """A state that begins with these params."""
     return {
       'params': params,
       'moments': self.optimizer.init(params),

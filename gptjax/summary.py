@@ -49,7 +49,8 @@ def describe(
       f'a stage idles {idle}: {idle / (run.slices + idle):.0%}'
     )
   if start < ramp.total:
-    lines['start'] = f'sequence {start:,}, step {steps.start:,}' if start else 'from scratch'
+    new = f'the weights of {run.init_from}' if run.init_from else 'from scratch'
+    lines['start'] = f'sequence {start:,}, step {steps.start:,}' if start else new
   if skipped:
     lines['skipped'] = 'sequences ' + ' '.join(f'{r.start:,}–{r.stop - 1:,}' for r in skipped)
   if mixed.stages[1:]:

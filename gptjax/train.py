@@ -28,12 +28,13 @@ from gptjax import (
   sharding,
   skips,
   summary,
+  trained,
 )
 from gptjax.config import Run, check_knobs, resolve
 from gptjax.data import tokenizer
 from gptjax.data.corpora import Corpora, open_all
 from gptjax.data.mixture import Mixture, Stage
-from gptjax.errors import mistake, told_as
+from gptjax.errors import mistake, raise_all, told_as
 from gptjax.lease import Lease
 from gptjax.loop import GivenUp, Trainer
 from gptjax.saver import Saver
@@ -126,6 +127,9 @@ def go_on(
         stages = [Stage(**stage) for stage in saved['stages']]
     elif not any(r.start == 0 for r in rollbacks):
       check_nothing_lost(workdir, run, reached)
+    origin = None
+    if run.init_from and not start:
+      origin = origin_of(run, corpora)
     if not stages or stages[-1].weights != corpora.stage:
       stages.append(Stage(start, corpora.stage))
     mixed = Mixture(stages)
@@ -162,7 +166,11 @@ def go_on(
           state |= {'health': jax.jit(run.program.guard.init)()}
       else:
         with told_as('memory', 'enough for the state', SMALLER, jax.errors.JaxRuntimeError):
-          state = jax.jit(lambda: run.program.init(jax.random.key(config.seed)))()
+          if origin:
+            like = run.program.abstract_state()['params']
+            state = jax.jit(run.program.begin, donate_argnums=0)(origin.load(like))
+          else:
+            state = jax.jit(lambda: run.program.init(jax.random.key(config.seed)))()
       jax.block_until_ready(state)
       restored = time.perf_counter() - restoring
       if hosts.first():
@@ -200,6 +208,27 @@ def go_on(
           trainer.train(state, steps, start, run.ramp.end(skipped), saver, notice, watchdog)
   if hosts.first():
     print(summary.verdict(workdir, corpora))
+
+
+def origin_of(run: Run, corpora: Corpora) -> trained.Trained:
+  """The model whose weights a new run begins with.
+
+  Raises:
+    Mistake: with all in which it is another one than that of the config.
+  """
+  path, mistakes = run.init_from, []
+  origin = trained.look(path)
+  for field in dataclasses.fields(run.program.shape):
+    there, here = (getattr(shape, field.name) for shape in (origin.shape, run.program.shape))
+    if there != here:
+      knob = 'pattern' if field.name == 'windows' else field.name
+      what, fix = f'{field.name} of {path}', f'another --config.model.{knob}'
+      mistakes.append(mistake(what, there, f'{here}, as in the config', fix))
+  raise_all(mistakes)
+  if origin.tokenizer().identity != corpora.first.tokenizer:
+    fix = f'preparing it with --config.tokenizer={path}'
+    raise mistake(f'tokenizer of {path}', 'another one', "the corpus's", fix)
+  return origin
 
 
 def settings_of(config: ConfigDict, corpora: Corpora, names: Mapping[str, str]) -> dict:

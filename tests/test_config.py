@@ -8,7 +8,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import gpt3, mixtures, tiny
+from configs import gpt2, gpt3, mixtures, tiny
 from gptjax import checkpoint, schedule, sizes
 from gptjax.config import check_knobs, resolve
 from gptjax.data import mixture
@@ -272,3 +272,19 @@ def test_profile_names_steps():
 def test_every_config_file_gives_a_config(path):
   config = importlib.import_module(f'configs.{path.stem}').get_config()
   assert isinstance(config, ConfigDict)
+
+
+# As published: the parameters of OpenAI's weights, all 50257 tokens and 1024 positions counted.
+@pytest.mark.parametrize(
+  'size, n_params',
+  [('124m', 124_439_808), ('355m', 354_823_168), ('774m', 774_030_080), ('1558m', 1_557_611_200)],
+)
+def test_gpt2s_sizes_are_those_of_its_weights(size, n_params):
+  run = resolve(gpt2.get_config(size), jax.devices()[:1])
+  assert run.program.shape.n_params == n_params
+  assert run.program.shape.windows == (None,)
+
+
+def test_a_size_that_gpt2_has_not_is_told():
+  with pytest.raises(Mistake, match='size of GPT-2: got 125m, wanted one of 124m'):
+    gpt2.get_config('125m')

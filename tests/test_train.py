@@ -17,7 +17,7 @@ from jax._src.array import ArrayImpl
 
 from benchmarks import chaos
 from configs import tiny
-from gptjax import checkpoint, integrity, schedule, sharding, train
+from gptjax import checkpoint, export, integrity, schedule, sharding, train
 from gptjax.config import resolve
 from gptjax.data import corpora, dataset, loader, mixture
 from gptjax.data.mixture import Mixture, Stage
@@ -447,6 +447,34 @@ def test_another_seed_or_model_never_resumes(straight, corpus):
   workdir, _ = straight
   with pytest.raises(Mistake, match='2 mistakes'):
     train.main(config(workdir, corpus, seed=1, model__window=9, resume__accept_changes=True))
+
+
+def test_a_run_begins_with_the_weights_of_another(straight, corpus, tmp_path, capsys):
+  """Of a run, and of what was exported of it, whose biases were folded into others."""
+  new = records(straight[0])[0]['loss']
+  export.main([f'--workdir={straight[0]}', f'--out={tmp_path / "out"}'])
+  begun = {}
+  for origin, biases in ((straight[0], True), (tmp_path / 'out', False)):
+    workdir = tmp_path / f'from-{origin.name}'
+    settings = {'init_from': str(origin), 'model__qkv_bias': biases, 'train_tokens': 2048.0}
+    train.main(config(workdir, corpus, **settings))
+    assert f'start    the weights of {origin}' in capsys.readouterr().out
+    first = records(workdir)[0]
+    assert first['loss'] < new - 1
+    begun[biases] = first['loss']
+    # What it went on from may be gone, but is no other.
+    train.main(config(workdir, corpus, **settings | {'train_tokens': 2048.0}))
+    assert 'nothing is left to train' in capsys.readouterr().out
+    with pytest.raises(Mistake, match='init_from: got none'):
+      train.main(config(workdir, corpus, **settings | {'init_from': ''}))
+  assert begun[True] == pytest.approx(begun[False], rel=1e-4)
+
+
+def test_weights_of_another_model_are_refused(straight, corpus, tmp_path):
+  settings = {'init_from': str(straight[0]), 'model__n_layers': 4, 'model__window': 9}
+  with pytest.raises(Mistake, match='2 mistakes') as caught:
+    train.main(config(tmp_path / 'run', corpus, **settings))
+  assert 'n_layers of ' in str(caught.value) and 'windows of ' in str(caught.value)
 
 
 # The first ten losses of configs/tiny.py on rows drawn by NumPy's generator. Whoever changes them
