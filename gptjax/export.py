@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from gptjax import flags, hf, hf_tokenizer, trained
+from gptjax import flags, hf_save, hf_tokenizer, trained
 from gptjax.errors import told_plainly
 from gptjax.sizes import Shape
 from gptjax.step import Program
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   hf_tokenizer.check()
   with trained.over(1, run.shape):
     params = run.params()
-    family = hf.save(a.out, run.shape, params, _logits(run.program), text.end_of_text)
+    family = hf_save.save(a.out, run.shape, params, _logits(run.program), text.end_of_text)
   hf_tokenizer.save(a.out, text, run.shape.context)
   print(f'{run.shape.n_params:,} parameters as {family}, and their tokenizer, in {a.out}')
 

@@ -1,32 +1,16 @@
-"""A model of Hugging Face is the same function here, and one of ours is the same there."""
+"""A model of Hugging Face is the same function here; what is wrong with it is told at once."""
 
-import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
-import transformers
 from safetensors.numpy import load_file, save_file
 
 from gptjax import hf
 from gptjax.errors import Mistake
 from tests import small, their_models
 
-TOKENS = np.random.default_rng(0).integers(0, 250, (2, 24))
-
-
-def our_logits(shape, params):
-  return np.asarray(jax.jit(small.program(shape).logits)(params, TOKENS))[..., : shape.vocab_size]
-
-
-def ours(shape, seed=1):
-  """Params with opinions, biases too."""
-  random = np.random.default_rng(seed)
-  draw = lambda a: random.normal(0, 0.2, a.shape).astype('float32')
-  params = jax.tree.map(draw, small.program(shape).abstract_state()['params'])
-  params['embed'][shape.vocab_size :] = 0
-  return jax.tree.map(jax.numpy.asarray, params)
+TOKENS = their_models.TOKENS
 
 
 @pytest.fixture(params=list(their_models.SHAPES))
@@ -42,58 +26,8 @@ def test_an_imported_model_has_their_logits(imported):
   program = small.program(folder.shape)
   with small.on(fsdp=2, tensor=2):
     params = hf.load(folder, program.abstract_state()['params'])
-    got = our_logits(folder.shape, params)
+    got = their_models.ours(folder.shape, params)
   np.testing.assert_allclose(got, their_models.logits(model, TOKENS), rtol=1e-4, atol=1e-4)
-
-
-def test_what_is_written_again_is_what_was_read(imported, tmp_path):
-  family, model, folder = imported
-  program = small.program(folder.shape)
-  with small.on():
-    params = hf.load(folder, program.abstract_state()['params'])
-    assert hf.save(tmp_path / 'again', folder.shape, params, our_logits) == family
-  before, after = (load_file(tmp_path / name / hf.ONE) for name in ('there', 'again'))
-  assert before.keys() == after.keys()
-  for name in before:
-    np.testing.assert_array_equal(before[name], after[name])
-
-
-@pytest.mark.parametrize('windows', [(None,), (None, 5), (5, None, None), (5,)])
-@pytest.mark.parametrize('biases, shard_bytes', [(True, 10**9), (True, 50_000), (False, 10**9)])
-def test_an_exported_model_has_our_logits(tmp_path, windows, biases, shard_bytes):
-  """As their classes load it by themselves; GPT-Neo's with what its biases were folded into."""
-  shape = dataclasses.replace(their_models.SHAPES['gpt_neo'], windows=windows, qkv_bias=biases)
-  with small.on():
-    params = ours(shape)
-    hf.save(tmp_path / 'out', shape, params, our_logits, end_of_text=7, shard_bytes=shard_bytes)
-    want = our_logits(shape, params)
-  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
-  kind = 'GPT2LMHeadModel' if windows == (None,) else 'GPTNeoForCausalLM'
-  assert type(model).__name__ == kind and model.config.eos_token_id == 7
-  np.testing.assert_allclose(their_models.logits(model, TOKENS), want, rtol=1e-4, atol=1e-4)
-  assert ((tmp_path / 'out' / hf.INDEX).exists()) == (shard_bytes < 10**9)
-
-
-def test_what_was_folded_and_does_not_hold_is_refused(tmp_path):
-  shape = dataclasses.replace(their_models.SHAPES['gpt_neo'], qkv_bias=True)
-  with small.on():
-    params = ours(shape)
-  q = params['blocks']['attn']['qkv']
-  # A matrix of q that sees one direction only cannot make its bias.
-  params['blocks']['attn']['qkv'] = q.at[:, :, 0].set(q[:, :, 0, :1, :1])
-  with small.on(), pytest.raises(Mistake, match='logits that differ by .*qkv_bias=False'):
-    hf.save(tmp_path / 'out', shape, params, our_logits)
-  assert not (tmp_path / 'out').exists()
-
-
-def test_a_shape_that_they_have_not_is_refused():
-  shape = their_models.SHAPES['gpt_neo']
-  wide = dataclasses.replace(shape, n_heads=8)
-  with pytest.raises(Mistake, match=r'n_heads · d_head: got 8 · 16 = 128, wanted d_model, 64'):
-    hf.family_of(wide)
-  with pytest.raises(Mistake, match=r'windows: got \[5, 7\], wanted one'):
-    hf.family_of(dataclasses.replace(shape, windows=(5, 7)))
-  assert hf.family_of(dataclasses.replace(shape, windows=(None, 24))) == 'gpt2'
 
 
 def test_all_that_is_wrong_in_a_folder_is_told_at_once(tmp_path):

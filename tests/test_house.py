@@ -76,6 +76,8 @@ FLOORS = {
   'trained': 3.75,
   'hf': 1,
   'hf_tokenizer': 1,
+  'hf_save': 1.5,
+  'fold': 1,
   'spoken': 1,
   'scoring': 3.75,
   'evaluate': 4,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from gptjax import hf
+from gptjax import hf, hf_save
 from gptjax.sizes import Shape
 from tests import small
 
@@ -17,6 +17,7 @@ SHAPES = {
   'gpt2': Shape(3, 64, 4, 16, 256, 24, 250, (None,)),
   'gpt_neo': Shape(4, 64, 4, 16, 96, 24, 250, (None, 5), qkv_bias=False),
 }
+TOKENS = np.random.default_rng(0).integers(0, 250, (2, 24))
 KINDS = {
   'gpt2': (transformers.GPT2Config, transformers.GPT2LMHeadModel),
   'gpt_neo': (transformers.GPTNeoConfig, transformers.GPTNeoForCausalLM),
@@ -26,7 +27,7 @@ KINDS = {
 def make(family: str, vocab_size: int = 250) -> torch.nn.Module:
   """A model with random weights, biases and norms too."""
   shape = dataclasses.replace(SHAPES[family], vocab_size=vocab_size)
-  about = hf._description(family, shape, 0)
+  about = hf_save.description(family, shape, 0)
   config, kind = KINDS[family]
   torch.manual_seed(0)
   left_out = ('model_type', 'torch_dtype')
@@ -40,6 +41,11 @@ def logits(model: torch.nn.Module, token_bl: np.ndarray) -> np.ndarray:
   """Of all tokens, in f32."""
   with torch.no_grad():
     return model(torch.tensor(token_bl)).logits.numpy()
+
+
+def ours(shape: Shape, params: dict) -> np.ndarray:
+  """The logits of TOKENS by a model of ours, in f32."""
+  return np.asarray(jax.jit(small.program(shape).logits)(params, TOKENS))[..., : shape.vocab_size]
 
 
 @functools.cache
