@@ -24,6 +24,7 @@ from gptjax.sizes import Shape
 INDEX = 'model.safetensors.index.json'
 ONE = 'model.safetensors'
 PREFIX = 'transformer.'  # of the model in one with a head
+LARGEST = 2**20  # of a size: what is larger is no model
 EPSILON = 1e-5  # of the layer norms: ours has no other
 # Masks that older versions wrote beside the weights.
 MASKS = r'h\.\d+\.attn\.(attention\.)?(masked_)?bias'
@@ -181,14 +182,22 @@ def _described(about: dict) -> tuple[str, Shape]:
     if neo
     else ('n_layer', 'n_embd', 'n_head', 'n_inner', 'n_positions')
   )
-  N, D, H, F, T = (about.get(name) for name in names)
+  optional = names[3]  # 4 times the width, if it is not told
+  told = {name: about.get(name) for name in (*names, 'vocab_size', *['window_size'] * neo)}
+  for name, size in told.items():
+    if not (isinstance(size, int) and 1 <= size <= LARGEST or name == optional and size is None):
+      mistakes.append(mistake(name, size, f'a number from 1 to {LARGEST}', 'mending config.json'))
+  raise_all(mistakes)
+  N, D, H, F, T = (told[name] for name in names)
+  if D % H:
+    raise mistake(names[1], D, f'a multiple of {names[2]}, {H}', 'mending config.json')
   windows = [None]
   if neo:
+    if (layers := sum(times * len(group) for group, times in about['attention_types'])) != N:
+      got, wanted = f'{layers} layers', f'{N}, as num_layers says'
+      raise mistake('attention_types', got, wanted, 'mending config.json')
     kinds = [kind for group, times in about['attention_types'] for kind in group * times]
     windows = [about['window_size'] if kind == 'local' else None for kind in kinds]
-    if len(windows) != N:
-      got = f'{len(windows)} layers'
-      raise mistake('attention_types', got, f'{N}, as num_layers says', 'mending config.json')
   sizes = N, D, H, D // H, F or 4 * D, T, about['vocab_size']
   return family, Shape(*sizes, period(windows), qkv_bias=not neo)
 

@@ -1,6 +1,7 @@
 """A model of Hugging Face is the same function here; what is wrong with it is told at once."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -62,6 +63,9 @@ def test_a_pickle_is_refused_unread(tmp_path):
     ({'activation_function': 'relu'}, 'activation_function: got relu, wanted gelu_new'),
     ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon: got 1e-06'),
     ({'tie_word_embeddings': False}, 'tie_word_embeddings: got False'),
+    ({'n_layer': 10**12}, 'n_layer: got 1000000000000, wanted a number from 1'),
+    ({'n_embd': None, 'n_head': '4'}, '2 mistakes'),
+    ({'n_head': 5}, 'n_embd: got 64, wanted a multiple of n_head, 5'),
   ],
 )
 def test_another_model_is_refused(tmp_path, about, told):
@@ -79,3 +83,23 @@ def test_a_folder_that_was_cut_is_told(tmp_path, cut):
   (tmp_path / cut).write_bytes(data[: len(data) // 2])
   with pytest.raises(Mistake, match=cut):
     hf.look(tmp_path)
+
+
+def test_more_layers_than_there_are_cost_nothing(tmp_path):
+  their_models.make('gpt_neo').save_pretrained(tmp_path)
+  about = json.loads((tmp_path / 'config.json').read_text())
+  about['attention_types'] = [[['global', 'local'], 10**12]]
+  (tmp_path / 'config.json').write_text(json.dumps(about))
+  with pytest.raises(Mistake, match='attention_types: got 2000000000000 layers, wanted 4'):
+    hf.look(tmp_path)
+
+
+def test_an_index_reads_nothing_outside_its_folder(tmp_path):
+  their_models.make('gpt2').save_pretrained(tmp_path / 'a')
+  (tmp_path / 'b').mkdir()
+  shutil.copy(tmp_path / 'a' / 'config.json', tmp_path / 'b')
+  outside = f'../a/{hf.ONE}'
+  index = {'weight_map': {'transformer.wte.weight': outside}}
+  (tmp_path / 'b' / hf.INDEX).write_text(json.dumps(index))
+  with pytest.raises(Mistake, match='missing, wanted safetensors'):
+    hf.look(tmp_path / 'b')
