@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
 
-from gptjax import decode, flags, trained
+from gptjax import beams, decode, flags, trained
 from gptjax.config import check_seed
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.decode import Decoder
@@ -178,7 +178,7 @@ def _continued(
     asked = min(size, len(numbers) - start)
     told = [rows[number] for number in group]
     if a.beams > 1:
-      found = decode.beams(decoder, told, a.tokens, a.length_penalty, a.no_repeat, text.end_of_text)
+      found = beams.search(decoder, told, a.tokens, a.length_penalty, a.no_repeat, text.end_of_text)
       for number, best in zip(group[:asked], found[:asked], strict=True):
         for tokens, score in best[: a.continuations]:
           spoken = Spoken(text, a.stop)

@@ -207,6 +207,17 @@ def straight(tmp_path_factory, corpus, run_python) -> tuple[pathlib.Path, str]:
   return workdir, run_python(runs.args(workdir, corpus), timeout=200).stdout
 
 
+@pytest.fixture(scope='session', params=['gpt2', 'gpt_neo'])
+def twins(request, tmp_path_factory):
+  """A model of `transformers`; and the same one here, a program and its params."""
+  from tests import small, their_models
+
+  with small.on():
+    folder = tmp_path_factory.mktemp(request.param)
+    model, program, params = their_models.same_here(request.param, folder)
+  return model, (program, params)
+
+
 @pytest.fixture
 def poisoned(monkeypatch) -> list[tuple[range, float, float]]:
   """Steps that begin in these ranges get a loss or a gradient times a factor."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gptjax import attention, machines, sharding
+from gptjax.decode import Decoder
 from gptjax.model import Numerics
 from gptjax.optimizer import AdamW
 from gptjax.sizes import Shape
@@ -72,6 +73,17 @@ def init(program: Program) -> dict:
   """A new state of a program on the mesh that is set."""
   layout = jax.tree.map(lambda a: a.sharding, program.abstract_state())
   return jax.device_put(_initial(program.shape, program.guard), layout)
+
+
+def laid(program: Program, params: dict) -> dict:
+  """Params on the mesh that is set."""
+  like = program.abstract_state()['params']
+  return jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), params, like)
+
+
+def decoder(model: tuple[Program, dict], rows: int, positions: int | None = None) -> Decoder:
+  """Of a program and its params, on the mesh that is set."""
+  return Decoder(model[0], laid(*model), rows, positions)
 
 
 @functools.cache

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import torch
 
 from gptjax import decode
 from gptjax.sampling import Sampling
@@ -13,7 +12,6 @@ from tests import small, their_models
 
 GREEDY = Sampling(0.0, 0, 1.0, 0)
 WARM = Sampling(1.5, 0, 1.0, 0)
-END = 249
 
 
 @pytest.fixture(scope='module')
@@ -24,20 +22,10 @@ def loud():
     return program, jax.tree.map(lambda a: np.asarray(10 * a), small.init(program)['params'])
 
 
-def laid(program, params):
-  like = program.abstract_state()['params']
-  return jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), params, like)
-
-
-def decoder(model, rows, positions=None):
-  program, params = model
-  return decode.Decoder(program, laid(program, params), rows, positions)
-
-
 def sampled(model, prompts, count, how=GREEDY, seed=0, numbers=None, mesh=None):
   with small.on(**mesh or {}):
     numbers = numbers or [*range(len(prompts))]
-    made = decode.sample(decoder(model, len(prompts)), prompts, count, how, seed, numbers)
+    made = decode.sample(small.decoder(model, len(prompts)), prompts, count, how, seed, numbers)
     return np.stack([*made], 1).tolist()
 
 
@@ -46,7 +34,7 @@ def without_cache(model, prompt, count):
   program, params = model
   tokens = list(prompt)
   with small.on():
-    logits, params = jax.jit(program.logits), laid(program, params)
+    logits, params = jax.jit(program.logits), small.laid(program, params)
     for _ in range(count):
       told = tokens[-decode.seen(len(tokens), program.shape.context) :]
       padded = np.zeros((1, program.shape.context), np.int32)
@@ -99,7 +87,7 @@ def test_a_model_split_over_devices_says_the_same(loud, mesh):
 
 def test_two_programs_serve_all_lengths(loud):
   with small.on():
-    made = decoder(loud, 1)
+    made = small.decoder(loud, 1)
     for length in (1, 5, 11):
       for _ in decode.sample(made, [[3] * length], 4, GREEDY, 0, [0]):
         pass
@@ -114,84 +102,17 @@ def test_the_padding_of_the_vocabulary_is_never_drawn(loud):
 # As transformers.
 
 
-@pytest.fixture(scope='module', params=['gpt2', 'gpt_neo'])
-def both(request, tmp_path_factory):
-  with small.on():
-    model, program, params = their_models.same_here(request.param, tmp_path_factory.mktemp('there'))
-  return model, (program, params)
-
-
-PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
-
-
-def theirs(model, prompts, **settings):
-  with torch.no_grad():
-    made = model.generate(
-      torch.tensor(prompts),
-      attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
-      do_sample=False,
-      pad_token_id=END,
-      **settings,
-    )
-  return made[:, len(prompts[0]) :].tolist()
-
-
-def upto(tokens, end):
-  return tokens[: tokens.index(end)] if end in tokens else tokens
-
-
 @pytest.mark.parametrize('no_repeat', [0, 1, 2, 3])
-def test_greedy_is_theirs(both, no_repeat):
-  model, ours = both
-  want = theirs(
-    model, PROMPTS, max_new_tokens=19, no_repeat_ngram_size=no_repeat, eos_token_id=None
-  )
-  assert sampled(ours, PROMPTS, 19, Sampling(0.0, 0, 1.0, no_repeat)) == want
+def test_greedy_is_theirs(twins, no_repeat):
+  model, ours = twins
+  how = {'max_new_tokens': 19, 'no_repeat_ngram_size': no_repeat, 'eos_token_id': None}
+  want = their_models.generate(model, their_models.PROMPTS, **how)
+  assert sampled(ours, their_models.PROMPTS, 19, Sampling(0.0, 0, 1.0, no_repeat)) == want
 
 
-def test_greedy_of_prompts_of_different_lengths_is_theirs(both):
-  model, ours = both
+def test_greedy_of_prompts_of_different_lengths_is_theirs(twins):
+  model, ours = twins
   prompts = [[3, 1, 4, 1, 5], [9, 2], [7]]
-  want = [theirs(model, [prompt], max_new_tokens=19, eos_token_id=None)[0] for prompt in prompts]
+  how = {'max_new_tokens': 19, 'eos_token_id': None}
+  want = [their_models.generate(model, [prompt], **how)[0] for prompt in prompts]
   assert sampled(ours, prompts, 19) == want
-
-
-@pytest.mark.parametrize('width, penalty', [(1, 0.6), (2, 1.0), (4, 0.6), (4, 0.0), (5, -1.0)])
-@pytest.mark.parametrize('no_repeat', [0, 2])
-def test_beam_search_is_theirs(both, width, penalty, no_repeat):
-  model, ours = both
-  # The end is a token that they like, so that some beams end before others.
-  end = max(
-    greedy := theirs(model, PROMPTS, max_new_tokens=12, eos_token_id=None)[0], key=greedy.count
-  )
-  for stop in (end, 17):
-    with small.on():
-      made = decoder(ours, 2 * width)
-      got = decode.beams(made, PROMPTS, 12, penalty, no_repeat, stop)
-    settings = {'num_beams': width, 'length_penalty': penalty, 'no_repeat_ngram_size': no_repeat}
-    if width == 1:  # theirs is greedy then
-      settings.pop('length_penalty')
-    want = theirs(model, PROMPTS, max_new_tokens=12, eos_token_id=stop, **settings)
-    assert [each[0][0] for each in got] == [upto(tokens, stop) for tokens in want]
-
-
-def test_beams_are_scored_as_theirs(both):
-  model, ours = both
-  with small.on():
-    got = decode.beams(decoder(ours, 4), PROMPTS[:1], 8, 0.6, 0, 17)[0]
-  with torch.no_grad():
-    want = model.generate(
-      torch.tensor(PROMPTS[:1]),
-      attention_mask=torch.ones(1, 5, dtype=torch.long),
-      do_sample=False,
-      pad_token_id=END,
-      eos_token_id=17,
-      max_new_tokens=8,
-      num_beams=4,
-      num_return_sequences=4,
-      length_penalty=0.6,
-      output_scores=True,
-      return_dict_in_generate=True,
-    )
-  assert [text for text, _ in got] == [upto(t, 17) for t in want.sequences[:, 5:].tolist()]
-  np.testing.assert_allclose([score for _, score in got], want.sequences_scores, rtol=1e-4)

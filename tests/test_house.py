@@ -45,6 +45,7 @@ FLOORS = {
   'cache': 1.5,
   'sampling': 1,
   'decode': 3.75,
+  'beams': 3.8,
   'kernels': 1.5,
   'loss': 1,
   'optimizer': 1,

@@ -18,6 +18,7 @@ SHAPES = {
   'gpt_neo': Shape(4, 64, 4, 16, 96, 24, 250, (None, 5), qkv_bias=False),
 }
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 24))
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
 KINDS = {
   'gpt2': (transformers.GPT2Config, transformers.GPT2LMHeadModel),
   'gpt_neo': (transformers.GPTNeoConfig, transformers.GPTNeoForCausalLM),
@@ -46,6 +47,19 @@ def logits(model: torch.nn.Module, token_bl: np.ndarray) -> np.ndarray:
 def ours(shape: Shape, params: dict) -> np.ndarray:
   """The logits of TOKENS by a model of ours, in f32."""
   return np.asarray(jax.jit(small.program(shape).logits)(params, TOKENS))[..., : shape.vocab_size]
+
+
+def generate(model: torch.nn.Module, prompts: list[list[int]], **settings):
+  """What it makes of prompts of one length, without them; or all that it tells, if asked to."""
+  with torch.no_grad():
+    made = model.generate(
+      torch.tensor(prompts),
+      attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
+      do_sample=False,
+      pad_token_id=249,
+      **settings,
+    )
+  return made[:, len(prompts[0]) :].tolist() if isinstance(made, torch.Tensor) else made
 
 
 @functools.cache
