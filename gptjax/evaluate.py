@@ -21,6 +21,8 @@ from gptjax.data import dataset, sources
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import mistake, raise_all, told_as, told_plainly
 
+LARGEST = 4096  # windows at a time: more is a slip of the keyboard
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -43,17 +45,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, least in (('stride', 0), ('batch', 1), ('limit', 0))
     if getattr(a, name) < least
   ]
+  if a.batch > LARGEST:
+    mistakes.append(mistake('--batch', a.batch, f'at most {LARGEST}', '--batch=8'))
   raise_all(mistakes)
   model = trained.look(a.workdir or a.hf)
   text, context = model.tokenizer(), model.shape.context
   if a.stride > context:
     fix = f'--stride={context // 2}'
     raise mistake('--stride', a.stride, f'at most {context}, the context', fix)
-  texts = _documents(a, text) if a.text else _windows(a, text)
-  log_probs = None
+  texts = _documents(a, text) if a.text is not None else _windows(a, text)
+  part = log_probs = None
   if a.log_probs:
     with told_as(a.log_probs, 'a file to write', 'another place', OSError):
-      log_probs = epath.Path(a.log_probs).open('w')
+      part = epath.Path(f'{a.log_probs}.part')  # what is there stays until all is scored
+      log_probs = part.open('w')
   counts, total = collections.Counter(), 0.0
   kept: collections.deque[Text] = collections.deque()
 
@@ -70,11 +75,15 @@ def main(argv: Sequence[str] | None = None) -> None:
       counts.update(texts=1, tokens=len(log_p_t), bytes=each.bytes)
       bar.update(len(log_p_t))
       if log_probs:
-        _write(log_probs, text, each, log_p_t)
+        log_probs.write(_line(text, each, log_p_t))
+  if not math.isfinite(total):
+    got, fix = 'tokens without a finite probability', 'another checkpoint'
+    raise mistake(a.workdir or a.hf, got, 'a model whose weights are finite', fix)
   if log_probs:
     log_probs.close()
+    part.replace(a.log_probs)
   if not counts['texts']:
-    raise mistake(a.text or a.data, 'no text', 'some', 'another')
+    raise mistake('what to score', 'no text', 'some', 'another')
   _show(a, total, counts)
 
 
@@ -109,8 +118,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _documents(a: argparse.Namespace, text: Tokenizer) -> Iterator[Text]:
   """Each document with an end-of-text before it, which is told, and one after it."""
-  source = sources.find(a.text, a.text_column, 'bytes', skip_bad_text=False)
+  source = sources.find(a.text, a.text_column, a.workdir or a.hf, skip_bad_text=False)
+  if a.log_probs in source.files:
+    raise mistake('--log-probs', a.log_probs, 'a file that is not scored', 'another name')
+
   end, left = np.array([text.end_of_text], np.int32), a.limit or math.inf
+  return _each(source, text, end, left)
+
+
+def _each(source, text, end, left):
   for file in source.files:
     for document in sources.read(source, file, collections.Counter()):
       if not left:
@@ -128,11 +144,12 @@ def _windows(a: argparse.Namespace, text: Tokenizer) -> Iterator[Text]:
     raise mistake(a.data, got, wanted, 'preparing it with --config.tokenizer=WORKDIR')
   opened = dataset.windows(corpus, a.split)
   size = getattr(corpus, a.split).bytes_per_token * corpus.context
-  for i in range(min(len(opened), a.limit or len(opened))):
-    yield Text(f'{a.data}, {a.split} window {i}', opened[i].astype(np.int32), size)
+  named = lambda i: f'{a.data}, {a.split} window {i}'
+  count = min(len(opened), a.limit or len(opened))
+  return (Text(named(i), opened[i].astype(np.int32), size) for i in range(count))
 
 
-def _write(file, text: Tokenizer, each: Text, log_p_t: np.ndarray) -> None:
+def _line(text: Tokenizer, each: Text, log_p_t: np.ndarray) -> str:
   told = each.tokens[1:].tolist()
   line = {
     'name': each.name,
@@ -140,7 +157,7 @@ def _write(file, text: Tokenizer, each: Text, log_p_t: np.ndarray) -> None:
     'pieces': [text.decode([token]) for token in told],
     'log_probs': [round(float(log_p), 6) for log_p in log_p_t],
   }
-  file.write(json.dumps(line, ensure_ascii=False) + '\n')
+  return json.dumps(line, ensure_ascii=False) + '\n'
 
 
 def _show(a: argparse.Namespace, total: float, counts: collections.Counter) -> None:
@@ -156,7 +173,7 @@ def _show(a: argparse.Namespace, total: float, counts: collections.Counter) -> N
   if a.json:
     print(json.dumps(made))
     return
-  what = 'documents' if a.text else 'windows'
+  what = 'documents' if a.text is not None else 'windows'
   print(f'{what:14} {made["texts"]:>12,}')
   print(f'{"tokens":14} {made["tokens"]:>12,}')
   print(f'{"bytes":14} {made["bytes"]:>12,}')

@@ -25,12 +25,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     Mistake: if there is no run, or it cannot be written as one of theirs.
   """
   parser = argparse.ArgumentParser(prog='python -m gptjax.export', description=__doc__)
-  parser.add_argument('--workdir', required=True, help='of the run')
+  parser.add_argument('--workdir', required=True, help='of the run, or a folder of Hugging Face')
   parser.add_argument('--out', required=True, metavar='DIR', help='a folder that is not there yet')
   a = parser.parse_args(argv)
   run = trained.look(a.workdir)
   text = run.tokenizer()
   hf_tokenizer.check()
+  hf_save.claim(a.out)
   with trained.over(1, run.shape):
     params = run.params()
     family = hf_save.save(a.out, run.shape, params, _logits(run.program), text.end_of_text)

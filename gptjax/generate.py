@@ -23,6 +23,10 @@ from gptjax.sampling import Sampling
 from gptjax.spoken import Spoken
 
 WARMTH = 0.8  # the temperature, where none is given
+PENALTY = 0.6  # of length, likewise: Brown et al. 2020, 2.4
+# More are slips of the keyboard.
+LARGEST = 1_000_000
+MOST_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +95,15 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--beams', type=int, default=1, help='searches with so many; the paper: 4')
   parser.add_argument(
-    '--length-penalty', type=float, default=0.6, help='of the search; more favours longer (0.6)'
+    '--length-penalty', type=float, help=f'of the search; more favours longer ({PENALTY})'
   )
-  parser.add_argument('--stop', action='append', default=[], help='ends before it; may come again')
-  parser.add_argument('--seed', type=int, default=0, help='of what is drawn')
+  parser.add_argument(
+    '--stop',
+    action='append',
+    default=[],
+    help='ends before it (of beams: cut off after the search); may come again',
+  )
+  parser.add_argument('--seed', type=int, help='of what is drawn (0)')
   parser.add_argument('--continuations', type=int, default=1, help='of each prompt (1)')
   parser.add_argument('--batch', type=int, default=8, help='prompts at a time (8)')
   parser.add_argument('--tensor', type=int, default=1, help='devices that the model is split over')
@@ -111,42 +120,49 @@ def _check(a: argparse.Namespace) -> None:
       got = getattr(a, name.replace('-', '_'))
       mistakes.append(mistake(f'--{name}', got, wanted, f'--{name}={fix}'))
 
-  want(a.tokens >= 1, 'tokens', '1 or more', '100')
+  want(1 <= a.tokens <= LARGEST, 'tokens', f'1 to {LARGEST:,}', '100')
   warm = a.temperature is None or 0 <= a.temperature < math.inf
   want(warm, 'temperature', 'a finite number, 0 or more', '0.8')
   want(a.top_k >= 0, 'top-k', '0 or more', '40')
   want(0 < a.top_p <= 1, 'top-p', 'above 0, at most 1', '0.9')
   want(a.no_repeat >= 0, 'no-repeat', '0 or more', '3')
-  want(a.beams >= 1, 'beams', '1 or more', '4')
-  want(math.isfinite(a.length_penalty), 'length-penalty', 'a finite number', '0.6')
+  want(1 <= a.beams <= MOST_ROWS, 'beams', f'1 to {MOST_ROWS}', '4')
+  penalty = PENALTY if a.length_penalty is None else a.length_penalty
+  want(-10 <= penalty <= 10, 'length-penalty', 'a number from -10 to 10', '0.6')
   want(all(a.stop), 'stop', 'some text', "'.'")
-  want(a.continuations >= 1, 'continuations', '1 or more', '1')
-  want(a.batch >= 1, 'batch', '1 or more', '8')
+  want(1 <= a.continuations <= LARGEST, 'continuations', f'1 to {LARGEST:,}', '1')
+  want(1 <= a.batch <= MOST_ROWS, 'batch', f'1 to {MOST_ROWS}', '8')
   if a.beams > 1:
-    drawn = a.temperature or a.top_k or a.top_p < 1
-    want(not drawn, 'beams', 'no temperature, top-k or top-p: a search draws nothing', '1')
+    drawn = a.temperature or a.top_k or a.top_p < 1 or a.seed is not None
+    want(not drawn, 'beams', 'no temperature, top-k, top-p or seed: a search draws nothing', '1')
     want(a.continuations <= a.beams, 'continuations', f'at most {a.beams}, the beams', str(a.beams))
+  elif a.length_penalty is not None:
+    want(False, 'length-penalty', 'beams, which it is for', '0.6 --beams=4')
   if a.interactive:
     plain = a.beams == 1 and a.continuations == 1 and not a.json
     want(plain, 'interactive', 'no beams, continuations or JSON with it', 'False')
   try:
-    check_seed(a.seed)
+    check_seed(a.seed or 0)
   except Mistake as e:
     mistakes.append(e)
   raise_all(mistakes)
   if a.temperature is None:
     a.temperature = 0.0 if a.beams > 1 else WARMTH
+  a.seed = a.seed or 0
+  a.length_penalty = PENALTY if a.length_penalty is None else a.length_penalty
 
 
 def _prompts(a: argparse.Namespace) -> list[str]:
   """What to go on from, all that UTF-8 can hold."""
   prompts = [a.prompt or '']
-  if a.prompts:
+  if a.prompts is not None:
     with told_as(a.prompts, 'a file of prompts', 'another file', OSError, UnicodeError):
-      lines = epath.Path(a.prompts).read_text().splitlines()
-    prompts = [line for line in lines if line.strip()]
+      lines = epath.Path(a.prompts).read_text().split('\n')
+    prompts = [line.removesuffix('\r') for line in lines if line.strip()]
     if a.prompts.endswith('.jsonl'):
-      with told_as(a.prompts, 'a JSON string a line', 'a file of plain lines', ValueError):
+      with told_as(
+        a.prompts, 'a JSON string a line', 'a file of plain lines', ValueError, RecursionError
+      ):
         prompts = [json.loads(line) for line in prompts]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
       got = 'none' if not prompts else 'what is no text'
@@ -222,13 +238,15 @@ def _converse(a: argparse.Namespace, text: Tokenizer, decoder: Decoder) -> None:
   print('A prompt, or nothing to hear more; Ctrl-D ends.', file=sys.stderr)
   tokens = [text.end_of_text]
   for turn in range(sys.maxsize):
-    try:
-      line = input('> ')
-    except EOFError:
-      print()
-      return
+    with told_as('prompt', 'UTF-8 text', 'another one', UnicodeError):
+      try:
+        line = input('> ')
+      except EOFError:
+        print()
+        return
+      if line:
+        tokens = [text.end_of_text, *text.encode(line)]
     if line:
-      tokens = [text.end_of_text, *text.encode(line)]
       print(line, end='', flush=True)
     spoken = Spoken(text, a.stop)
     for (token,) in decode.sample(decoder, [tokens], a.tokens, _how(a), a.seed, [turn]):

@@ -25,6 +25,8 @@ INDEX = 'model.safetensors.index.json'
 ONE = 'model.safetensors'
 PREFIX = 'transformer.'  # of the model in one with a head
 LARGEST = 2**20  # of a size: what is larger is no model
+MOST_LAYERS = 10_000  # likewise
+MOST_TOLD = 20  # mistakes of one folder
 EPSILON = 1e-5  # of the layer norms: ours has no other
 # Masks that older versions wrote beside the weights.
 MASKS = r'h\.\d+\.attn\.(attention\.)?(masked_)?bias'
@@ -133,7 +135,11 @@ class Folder:
 
     path, name = self.holds[row.theirs.format(layer)]
     with safetensors.safe_open(path, framework='numpy') as file:
-      return row.to_ours(file.get_tensor(name), self.shape)
+      theirs = file.get_tensor(name)
+    if not np.isfinite(theirs).all():
+      fix = 'another copy, or another model'
+      raise mistake(f'{path}: {name}', 'NaN or infinity', 'finite numbers', fix)
+    return row.to_ours(theirs, self.shape)
 
 
 def look(path: str) -> Folder:
@@ -185,14 +191,20 @@ def _described(about: dict) -> tuple[str, Shape]:
   optional = names[3]  # 4 times the width, if it is not told
   told = {name: about.get(name) for name in (*names, 'vocab_size', *['window_size'] * neo)}
   for name, size in told.items():
-    if not (isinstance(size, int) and 1 <= size <= LARGEST or name == optional and size is None):
-      mistakes.append(mistake(name, size, f'a number from 1 to {LARGEST}', 'mending config.json'))
+    most = MOST_LAYERS if name == names[0] else LARGEST
+    if not (type(size) is int and 1 <= size <= most or name == optional and size is None):
+      mistakes.append(mistake(name, size, f'a number from 1 to {most}', 'mending config.json'))
   raise_all(mistakes)
   N, D, H, F, T = (told[name] for name in names)
   if D % H:
     raise mistake(names[1], D, f'a multiple of {names[2]}, {H}', 'mending config.json')
   windows = [None]
   if neo:
+    for group, times in about['attention_types']:
+      named = isinstance(group, list) and group and set(group) <= {'global', 'local'}
+      if not named or not isinstance(times, int) or times < 1:
+        wanted = "lists of 'global' and 'local', and how often each comes"
+        raise mistake('attention_types', [group, times], wanted, 'mending config.json')
     if (layers := sum(times * len(group) for group, times in about['attention_types'])) != N:
       got, wanted = f'{layers} layers', f'{N}, as num_layers says'
       raise mistake('attention_types', got, wanted, 'mending config.json')
@@ -205,7 +217,8 @@ def _described(about: dict) -> tuple[str, Shape]:
 def period(windows: Sequence[int | None]) -> tuple[int | None, ...]:
   """The shortest beginning of which a sequence is repetitions, the last one perhaps cut."""
   lengths = range(1, len(windows) + 1)
-  p = next(p for p in lengths if all(w == windows[i % p] for i, w in enumerate(windows)))
+  # As slices, since a wrong length is mostly seen at its first element.
+  p = next(p for p in lengths if windows[p:] == windows[: len(windows) - p])
   return tuple(windows[:p])
 
 
@@ -216,7 +229,7 @@ def _tensors(folder):
   there = files.names(folder)
   if INDEX in there:
     with told_as(folder / INDEX, 'an index of tensors', 'copying it again', Exception):
-      names = sorted(set(json.loads((folder / INDEX).read_text())['weight_map'].values()))
+      names = sorted({*map(str, json.loads((folder / INDEX).read_text())['weight_map'].values())})
   else:
     names = [ONE]
   pickles = [name for name in there if re.search(r'\.(bin|pt|pth|pkl|ckpt)$', name)]
@@ -250,6 +263,9 @@ def _check_tensors(folder, family, shape, shapes):
     if size != wanted[name] or not re.fullmatch(r'BF16|F(16|32|64)', dtype):
       got = f'{size} of {dtype}'
       mistakes.append(mistake(f'{folder}: {name}', got, f'{wanted[name]} of floats', fix))
+  if len(mistakes) > MOST_TOLD:
+    more = f'{len(mistakes) - MOST_TOLD + 1} more mistakes'
+    mistakes[MOST_TOLD - 1 :] = [mistake(folder, more, 'the model of its config.json', fix)]
   raise_all(mistakes)
 
 

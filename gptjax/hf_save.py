@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from etils import epath
 
 from gptjax import files, hf
-from gptjax.errors import mistake
+from gptjax.errors import mistake, told_as
 from gptjax.fold import fold
 from gptjax.sizes import Shape
 
@@ -35,6 +36,20 @@ def family_of(shape: Shape) -> str:
   return 'gpt_neo'
 
 
+def claim(path: str) -> epath.Path:
+  """The folder, made if it is not there.
+
+  Raises:
+    Mistake: if something is in it, or it cannot be made.
+  """
+  folder = files.folder(path)
+  with told_as(folder, 'a folder to write', 'another --out', OSError):
+    if files.names(folder):
+      raise mistake(folder, 'a folder with files', 'one that is not there yet', 'another --out')
+    files.make(folder)
+  return folder
+
+
 def save(
   path: str,
   shape: Shape,
@@ -53,9 +68,7 @@ def save(
   Raises:
     Mistake: if there is such a folder, or the model cannot be written as one of theirs.
   """
-  folder, family = files.folder(path), family_of(shape)
-  if files.names(folder):
-    raise mistake(folder, 'a folder with files', 'one that is not there yet', 'another --out')
+  family = family_of(shape)
   if family == 'gpt_neo' and shape.qkv_bias:
     bare, folded = dataclasses.replace(shape, qkv_bias=False), fold(params, shape)
     off = float(np.abs(logits(bare, folded) - logits(shape, params)).max())
@@ -64,7 +77,7 @@ def save(
       fix = 'training with --config.model.qkv_bias=False'
       raise mistake('biases of q, k and v', got, f'at most {TOLERANCE:.0e}', fix)
     shape, params = bare, folded
-  files.make(folder)
+  folder = claim(path)
   _write(folder, family, shape, params, shard_bytes)
   about = json.dumps(description(family, shape, end_of_text), indent=2)
   files.write_whole(folder / 'config.json', about + '\n')

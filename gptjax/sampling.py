@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+COLDEST = 1e-20  # a temperature below which logits would leave f32
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -36,7 +38,10 @@ class History:
 
 
 def forbid(logit_bv: jax.Array, history: History, n: int) -> jax.Array:
-  """-inf for each token that would complete an n-gram which is there already."""
+  """-inf for each token that would complete an n-gram which is there already.
+
+  Where that leaves no token, none is forbidden.
+  """
   token_bt, length_b = history.token_bt, history.length_b
   (B, T), V = token_bt.shape, logit_bv.shape[1]
   if n == 0 or n > T:
@@ -48,12 +53,13 @@ def forbid(logit_bv: jax.Array, history: History, n: int) -> jax.Array:
   for i in range(n - 1):
     again_bj &= token_bt[:, i : i + J] == last_bn[:, i, None]
   banned_bj = jnp.where(again_bj, token_bt[:, n - 1 :], V)  # V is no token: dropped
-  return logit_bv.at[jnp.arange(B)[:, None], banned_bj].set(-jnp.inf, mode='drop')
+  left_bv = logit_bv.at[jnp.arange(B)[:, None], banned_bj].set(-jnp.inf, mode='drop')
+  return jnp.where((left_bv > -jnp.inf).any(1, keepdims=True), left_bv, logit_bv)
 
 
 def filtered(logit_bv: jax.Array, sampling: Sampling) -> jax.Array:
   """Logits at a temperature above 0, and -inf for what top-k and top-p leave out."""
-  logit_bv = logit_bv / sampling.temperature
+  logit_bv = (logit_bv - logit_bv.max(1, keepdims=True)) / max(sampling.temperature, COLDEST)
   V = logit_bv.shape[1]
   k = min(sampling.top_k or V, V)
   if k == V and sampling.top_p == 1:

@@ -14,6 +14,7 @@ import numpy as np
 from gptjax import sharding
 from gptjax.step import Program
 
+MOST_WAITING = 8  # texts for each row, until windows of any size are read
 SHORTEST = 64  # tokens for which a program of its own is worth compiling
 
 
@@ -71,6 +72,10 @@ def score(
       text.log_p_t[first:end] = -nll_l[slice(*scored)]
       text.left -= end - first
 
+  def read_all():
+    for size in [*pending]:
+      read(size)
+
   def done():
     while waiting and not waiting[0].left:
       yield waiting.popleft().log_p_t
@@ -84,7 +89,8 @@ def score(
       pending[size].append((text, token_t[begin : end + 1], first, end))
       if len(pending[size]) == rows:
         read(size)
+    if len(waiting) > MOST_WAITING * rows:  # a lone short one would hold all others up
+      read_all()
     yield from done()
-  for size in [*pending]:
-    read(size)
+  read_all()
   yield from done()

@@ -76,6 +76,8 @@ def test_a_table_is_printed(say, tmp_path):
     (['--stride=-1', '--batch=0'], '2 mistakes'),
     (['--text=nowhere'], "corpus: got 'nowhere', which does not exist"),
     (['--data=nowhere'], 'nowhere'),
+    (['--batch=200000000'], '--batch: got 200000000, wanted at most 4096'),
+    (['--text='], 'what to score: got no text'),
     (['--log-probs=nowhere/a.jsonl'], 'nowhere/a.jsonl: got FileNotFoundError'),
   ],
 )
@@ -91,3 +93,16 @@ def test_a_corpus_of_another_tokenizer_is_refused(say, corpus, monkeypatch):
   monkeypatch.setattr(dataset, 'describe', lambda _: dataclasses.replace(real, tokenizer='x'))
   with pytest.raises(Mistake, match='another tokenizer than the model has'):
     say(f'--data={corpus}')
+
+
+def test_what_is_there_stays_until_all_is_scored(say, tmp_path):
+  told, text = tmp_path / 'told.jsonl', tmp_path / 'a.txt'
+  told.write_text('before')
+  text.write_text('def main')
+  with pytest.raises(Mistake, match='nowhere'):
+    say('--text=nowhere', f'--log-probs={told}')
+  with pytest.raises(Mistake, match='a file that is not scored'):
+    say(f'--text={text}', f'--log-probs={text}')
+  assert told.read_text() == 'before' and text.read_text() == 'def main'
+  say(f'--text={text}', f'--log-probs={told}')
+  assert json.loads(told.read_text())['pieces'][0] == 'd'

@@ -38,3 +38,10 @@ def test_a_trained_run_says_the_same_there(straight, tmp_path, run_python):
 def test_no_run_is_told(tmp_path):
   with pytest.raises(Mistake, match='without a config.json'):
     export.main([f'--workdir={tmp_path}', f'--out={tmp_path / "out"}'])
+
+
+def test_a_place_that_cannot_be_is_told_before_anything_is_read(straight, tmp_path):
+  (tmp_path / 'file').write_text('')
+  for out in (tmp_path / 'file', tmp_path / 'file' / 'x'):
+    with pytest.raises(Mistake, match='NotADirectoryError.*wanted a folder to write'):
+      export.main([f'--workdir={straight[0]}', f'--out={out}'])

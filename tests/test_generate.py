@@ -93,6 +93,27 @@ def test_lines_of_a_file_and_standard_input_are_prompts(say, tmp_path):
   assert say(*GREEDY).out == say('--prompt=', *GREEDY).out
 
 
+def test_only_line_feeds_end_a_prompt(say, tmp_path):
+  prompts = ['a\u2028b', 'c\x0cd\x85']
+  (tmp_path / 'p.txt').write_bytes('\r\n'.join(prompts).encode())
+  lines = [json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
+  (tmp_path / 'p.jsonl').write_text('\n'.join(lines))
+  for name in ('p.txt', 'p.jsonl'):
+    made = say(f'--prompts={tmp_path}/{name}', *GREEDY, '--json').out.split('\n')[:-1]
+    assert [json.loads(line)['prompt'] for line in made] == prompts
+
+
+def test_a_prompt_that_is_no_text_ends_a_conversation_plainly(say):
+  with pytest.raises(Mistake, match='prompt: got UnicodeEncodeError'):
+    say('--interactive', *GREEDY, stdin='caf\udce9\n')
+
+
+def test_where_all_tokens_came_before_they_come_again(say):
+  made = say('--prompt=a', '--tokens=270', '--no-repeat=1', '--json', '--temperature=0').out
+  assert json.loads(made)['ended'] in ('length', 'end of text')
+  assert len(say('--prompt=a', '--tokens=270', '--no-repeat=1', '--json', '--beams=2').out) > 9
+
+
 def test_continuations_differ_and_the_first_is_the_only_ones(say):
   flags = ('--prompt=def ', '--tokens=12', '--json')
   texts = [json.loads(line)['text'] for line in say(*flags, '--continuations=3').out.splitlines()]
@@ -135,9 +156,18 @@ def test_a_model_of_hugging_face(say, tmp_path, straight):
   [
     (['--temperature=-1'], '--temperature: got -1.0, wanted a finite number'),
     (['--temperature=nan'], '--temperature: got nan'),
-    (['--tokens=0'], '--tokens: got 0, wanted 1 or more; try --tokens=100'),
+    (['--tokens=0'], '--tokens: got 0, wanted 1 to 1,000,000; try --tokens=100'),
     (['--top-p=0'], '--top-p: got 0.0'),
     (['--top-k=-1', '--no-repeat=-1'], '2 mistakes'),
+    (['--beams=4', '--seed=1'], '--beams: got 4, wanted no temperature'),
+    (['--length-penalty=1'], 'wanted beams, which it is for'),
+    (
+      ['--beams=2', '--length-penalty=1e6'],
+      '--length-penalty: got 1000000.0, wanted a number from',
+    ),
+    (['--beams=100000000'], '--beams: got 100000000, wanted 1 to 4096'),
+    (['--tokens=100000000000'], '--tokens: got 100000000000, wanted 1 to 1,000,000'),
+    (['--prompts='], 'got IsADirectoryError'),
     (['--beams=4', '--temperature=1'], '--beams: got 4, wanted no temperature'),
     (['--beams=2', '--continuations=3'], '--continuations: got 3, wanted at most 2'),
     (['--interactive', '--json'], 'no beams, continuations or JSON with it'),
@@ -155,7 +185,12 @@ def test_mistakes_are_told(say, flags, told):
     say(*flags)
 
 
-@pytest.mark.parametrize('name, text', [('a.txt', ''), ('a.jsonl', '3'), ('a.jsonl', '{')])
+DEEP = '[' * 100_000
+
+
+@pytest.mark.parametrize(
+  'name, text', [('a.txt', ''), ('a.jsonl', '3'), ('a.jsonl', '{'), ('a.jsonl', DEEP)]
+)
 def test_a_file_of_no_prompts_is_told(say, tmp_path, name, text):
   (tmp_path / name).write_text(text)
   with pytest.raises(Mistake, match=name):

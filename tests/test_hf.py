@@ -94,12 +94,46 @@ def test_more_layers_than_there_are_cost_nothing(tmp_path):
     hf.look(tmp_path)
 
 
+@pytest.mark.parametrize(
+  'types', [[[['global', 'banana'], 2]], [['abcd', 1]], [[['global'], 5], [['local'], -1]]]
+)
+def test_kinds_of_layers_are_named(types, tmp_path):
+  their_models.make('gpt_neo').save_pretrained(tmp_path)
+  about = json.loads((tmp_path / 'config.json').read_text()) | {'attention_types': types}
+  (tmp_path / 'config.json').write_text(json.dumps(about))
+  with pytest.raises(Mistake, match="wanted lists of 'global' and 'local'"):
+    hf.look(tmp_path)
+
+
+def test_of_many_mistakes_some_are_told(tmp_path):
+  their_models.make('gpt2').save_pretrained(tmp_path)
+  about = json.loads((tmp_path / 'config.json').read_text()) | {'n_layer': 5000}
+  (tmp_path / 'config.json').write_text(json.dumps(about))
+  with pytest.raises(Mistake, match='more mistakes') as caught:
+    hf.look(tmp_path)
+  assert len(str(caught.value)) < 10_000
+
+
+def test_the_shortest_period_is_found_at_once():
+  assert hf.period([None, 5] * 3 + [None]) == (None, 5)
+  assert len(hf.period([None] * 9_999 + [5])) == 10_000
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+  model = their_models.make('gpt2')
+  model.transformer.h[1].ln_1.weight.data[3] = float('nan')
+  model.save_pretrained(tmp_path)
+  folder = hf.look(tmp_path)
+  with small.on(), pytest.raises(Mistake, match='h.1.ln_1.weight: got NaN or infinity'):
+    hf.load(folder, small.program(folder.shape).abstract_state()['params'])
+
+
 def test_an_index_reads_nothing_outside_its_folder(tmp_path):
   their_models.make('gpt2').save_pretrained(tmp_path / 'a')
   (tmp_path / 'b').mkdir()
   shutil.copy(tmp_path / 'a' / 'config.json', tmp_path / 'b')
   outside = f'../a/{hf.ONE}'
-  index = {'weight_map': {'transformer.wte.weight': outside}}
+  index = {'weight_map': {'transformer.wte.weight': outside, 'a': 1}}
   (tmp_path / 'b' / hf.INDEX).write_text(json.dumps(index))
   with pytest.raises(Mistake, match='missing, wanted safetensors'):
     hf.look(tmp_path / 'b')

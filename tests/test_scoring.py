@@ -1,5 +1,7 @@
 """Each token is scored once, and as `transformers` scores it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -55,6 +57,24 @@ def test_scores_are_theirs(family, stride, rows, tmp_path):
   assert [len(log_p_t) for log_p_t in got] == [len(token_t) - 1 for token_t in texts()]
   for log_p_t, token_t in zip(got, texts(), strict=True):
     np.testing.assert_allclose(log_p_t, theirs(model, token_t, 24, stride), atol=1e-4)
+
+
+def test_a_lone_short_text_holds_nothing_up():
+  """Of a context in which short texts are filled up to less than long ones."""
+  program = small.program(dataclasses.replace(small.SHAPE, context=128))
+  read = 0
+
+  def texts():
+    nonlocal read
+    for length in [5, *[100] * 60]:
+      read += 1
+      yield np.arange(length, dtype=np.int32)
+
+  with small.on():
+    scored = scoring.score(program, small.init(program)['params'], texts(), 64, 2)
+    assert len(next(scored)) == 4
+    assert read < 30
+    assert [len(log_p_t) for log_p_t in scored] == [99] * 60
 
 
 @pytest.mark.parametrize('mesh', [{'tensor': 2}, {'fsdp': 2}])

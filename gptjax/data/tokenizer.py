@@ -235,6 +235,11 @@ def _theirs(card: epath.Path, about: dict) -> Tokenizer:
   wanted = "GPT-2's byte-level BPE, bytes, or a SentencePiece tokenizer.model beside it"
   with told_as(card, wanted, 'the tokenizer of GPT-2', Exception):
     ids, merges = about['model']['vocab'], about['model']['merges']
+    cut = about['pre_tokenizer']
+    plain = cut['type'] == 'ByteLevel' and not cut['add_prefix_space']
+    if about.get('normalizer') or not plain:
+      got = 'one that changes a text, or cuts it otherwise'
+      raise mistake(card, got, wanted, 'the tokenizer of GPT-2')
     for token in about['added_tokens']:
       ids[token['content']] = token['id']
     merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in merges]
@@ -304,7 +309,7 @@ def load(path: str) -> Tokenizer:
     about = json.loads(_bytes_of(card))
     if 'model' in about:
       return _theirs(card, about)
-    kind, identity = about['kind'], about['identity']
+    kind, identity = about['kind'], str(about['identity'])
   if kind == 'bytes':
     tokenizer = Bytes()
   elif kind == 'sentencepiece':
