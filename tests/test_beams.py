@@ -6,12 +6,17 @@ import pytest
 from gptjax import beams
 from tests import small, their_models
 
+SLOW = [
+  pytest.param(*settings, marks=pytest.mark.slow)
+  for settings in ((1, 0.6), (2, 1.0), (4, 0.0), (5, -1.0))
+]
+
 
 def upto(tokens, end):
   return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
-@pytest.mark.parametrize('width, penalty', [(1, 0.6), (2, 1.0), (4, 0.6), (4, 0.0), (5, -1.0)])
+@pytest.mark.parametrize('width, penalty', [(4, 0.6), *SLOW])
 @pytest.mark.parametrize('no_repeat', [0, 2])
 def test_beam_search_is_theirs(twins, width, penalty, no_repeat):
   model, ours = twins

@@ -46,7 +46,10 @@ def loud(program):
   return jax.tree.map(draw, like)
 
 
-@pytest.mark.parametrize('windows', [(None,), (None, 5), (5,), (3, None, 7)])
+@pytest.mark.parametrize(
+  'windows',
+  [(None, 5), *(pytest.param(w, marks=pytest.mark.slow) for w in ((None,), (5,), (3, None, 7)))],
+)
 @pytest.mark.parametrize('parts', PARTS, ids=str)
 def test_reading_in_parts_is_reading_at_once(windows, parts):
   program = small.program(shape_of(windows))

@@ -43,7 +43,7 @@ def without_cache(model, prompt, count):
   return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize('windows', [(None, 5), (None,), (4,)])
+@pytest.mark.parametrize('windows', [(None, 5), pytest.param((4,), marks=pytest.mark.slow)])
 def test_greedy_is_the_likeliest_token_far_past_the_end_of_the_context(windows):
   program = small.program(dataclasses.replace(small.SHAPE, windows=windows))
   with small.on():
@@ -102,7 +102,7 @@ def test_the_padding_of_the_vocabulary_is_never_drawn(loud):
 # As transformers.
 
 
-@pytest.mark.parametrize('no_repeat', [0, 1, 2, 3])
+@pytest.mark.parametrize('no_repeat', [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_greedy_is_theirs(twins, no_repeat):
   model, ours = twins
   how = {'max_new_tokens': 19, 'no_repeat_ngram_size': no_repeat, 'eos_token_id': None}

@@ -39,7 +39,10 @@ def test_what_is_written_again_is_what_was_read(family, tmp_path):
     np.testing.assert_array_equal(before[name], after[name])
 
 
-@pytest.mark.parametrize('windows', [(None,), (None, 5), (5, None, None), (5,)])
+@pytest.mark.parametrize(
+  'windows',
+  [(None,), (None, 5), *(pytest.param(w, marks=pytest.mark.slow) for w in ((5, None, None), (5,)))],
+)
 @pytest.mark.parametrize('biases, shard_bytes', [(True, 10**9), (True, 50_000), (False, 10**9)])
 def test_an_exported_model_has_our_logits(tmp_path, windows, biases, shard_bytes):
   """As their classes load it by themselves; GPT-Neo's with what its biases were folded into."""

@@ -187,7 +187,7 @@ def terminated(workdir, corpus, together):
   return last
 
 
-@pytest.mark.parametrize('wrong', [0, 1])
+@pytest.mark.parametrize('wrong', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_finds_a_mistake_tells_the_others(
   corpus, tmp_path, free_port, start_python, wrong
 ):

@@ -301,7 +301,9 @@ runpy.run_module('gptjax.train', run_name='__main__')
 """
 
 
-@pytest.mark.parametrize('most', [500, 20_000], ids=['config', 'checkpoint'])
+@pytest.mark.parametrize(
+  'most', [pytest.param(500, marks=pytest.mark.slow), 20_000], ids=['config', 'checkpoint']
+)
 def test_a_full_disk_ends_a_run_plainly(corpus, tmp_path, run_python, most):
   command = ['-c', LIMITED, str(most), *args(tmp_path, corpus)[2:]]
   done = run_python(command, timeout=100, code=2)
