@@ -6,10 +6,11 @@ the same tokens in f32 is seen to as well.
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -49,41 +50,44 @@ def main() -> None:
   print(
     f'transformers {transformers.__version__} on torch {torch.__version__}, jax {jax.__version__}'
   )
-  print('| prompts | transformers f32 | transformers bf16 | gptjax f32 | ratio in f32 | in bf16 |')
-  print('|---|---|---|---|---|---|')
+  print('| prompts | transformers f32 | bf16 | gptjax f32 | bf16 | ratio in f32 | in bf16 |')
+  print('|---|---|---|---|---|---|---|')
   for batch in a.batches:
     prompts = np.random.default_rng(0).integers(0, 50257, (batch, a.prompt))
     with trained.over(1, ours.shape):
-      decoder = decode.Decoder(ours.program, dict(params), batch, a.prompt + a.tokens)
-      runs = {
-        'f32': lambda: _theirs(torch, theirs, prompts, a.tokens),  # noqa: B023
-        'bf16': lambda: _theirs(torch, in_bf16, prompts, a.tokens),  # noqa: B023
-        'ours': lambda: _ours(decoder, prompts, a.tokens),  # noqa: B023
-      }
-      if (same := (runs['f32']() == runs['ours']()).mean()) < 1:
+      decoders = [
+        decode.Decoder(ours.program, dict(params), batch, a.prompt + a.tokens, dtype)
+        for dtype in ('float32', 'bfloat16')
+      ]
+      runs = [
+        functools.partial(run, model, prompts, a.tokens)
+        for run, models in ((_theirs, (theirs, in_bf16)), (_ours, decoders))
+        for model in models
+      ]
+      if (same := (runs[0]() == runs[2]()).mean()) < 1:
         print(f'of {batch} prompts {same:.1%} of the tokens are the same')
       seconds = in_turns(runs, a.repeats)
-    rates = {name: batch * a.tokens / took for name, took in seconds.items()}
-    print(
-      f'| {batch} | {rates["f32"]:.1f} | {rates["bf16"]:.1f} | {rates["ours"]:.1f} '
-      f'| {rates["ours"] / rates["f32"]:.2f} | {rates["ours"] / rates["bf16"]:.2f} |',
-      flush=True,
-    )
+    rates = [batch * a.tokens / took for took in seconds]
+    ratios = rates[2] / rates[0], rates[3] / rates[1]
+    cells = [f'{rate:.1f}' for rate in rates] + [f'{ratio:.2f}' for ratio in ratios]
+    print(f'| {batch} | {" | ".join(cells)} |', flush=True)
 
 
-def in_turns(runs: dict[str, Callable], repeats: int) -> dict[str, float]:
+def in_turns(runs: Sequence[Callable], repeats: int) -> list[float]:
   """The median seconds of each, called one after the other, after a call that is not counted."""
-  took = {name: [] for name in runs}
+  took = [[] for _ in runs]
   for i in range(repeats + 1):
-    for name, run in runs.items():
+    for times, run in zip(took, runs, strict=True):
       start = time.perf_counter()
       run()
       if i:
-        took[name].append(time.perf_counter() - start)
-  return {name: statistics.median(times) for name, times in took.items()}
+        times.append(time.perf_counter() - start)
+  return [statistics.median(times) for times in took]
 
 
-def _theirs(torch, model, prompts, count) -> np.ndarray:
+def _theirs(model, prompts, count) -> np.ndarray:
+  import torch
+
   with torch.no_grad():
     made = model.generate(
       torch.tensor(prompts),

@@ -18,7 +18,6 @@ import numpy as np
 from gptjax import ahead, flags, metrics, model, sharding, sizes
 from gptjax.config import resolve
 from gptjax.errors import told_plainly
-from gptjax.loss import cross_entropy
 from gptjax.step import Program
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -52,13 +51,12 @@ def measure(program: Program, batch: int, slices: int, repeats: int) -> dict[str
   rows = (slices, batch // slices, shape.context + 1)
   token_gbl = jnp.asarray(random.integers(0, shape.vocab_size, rows).astype('uint16'))
   token_bl = token_gbl[0]
-  weight_bl = jnp.ones((rows[1], shape.context))
-  x_bld = jnp.ones((rows[1], shape.context, shape.d_model), program.numerics.dtype)
-  e_vd = params['embed'].astype(program.numerics.dtype)
+  weight_b = jnp.ones(rows[1])
+  x_bld = jnp.ones((rows[1], shape.context, shape.d_model), program.numerics.between)
+  e_vd = params['embed'].astype(program.numerics.between)
 
   def loss(x_bld, e_vd):
-    label_bl = token_bl[:, 1:].astype(jnp.int32)
-    return cross_entropy(x_bld, e_vd, label_bl, weight_bl, shape.vocab_size, program.loss_chunk)
+    return program.cross_entropy(x_bld, e_vd, token_bl, weight_b)
 
   forward = jax.jit(lambda params: program.hidden(params, token_bl[:, :-1])[0])
   head = jax.jit(jax.grad(loss, (0, 1)))
@@ -68,7 +66,7 @@ def measure(program: Program, batch: int, slices: int, repeats: int) -> dict[str
     'forward': slices * seconds(lambda: forward(params), repeats),
     'loss': slices * seconds(lambda: head(x_bld, e_vd), repeats),
     'gradients': seconds(lambda: gradients(params, token_gbl, 0, batch), repeats),
-    'optimizer': seconds(lambda: update(params, moments, params, np.float32(1e-4)), repeats),
+    'optimizer': seconds(lambda: update(params, moments, params, np.float32(1e-4), 1.0), repeats),
   }
   step = jax.jit(program.train_step, donate_argnums=0)
   box = [state]

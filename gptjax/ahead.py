@@ -213,7 +213,8 @@ def made_from(run: Run, mesh: jax.sharding.Mesh) -> dict[str, object]:
     'adamw': dataclasses.asdict(program.optimizer),
     'stability': dataclasses.asdict(program.guard),
     'numerics': dataclasses.asdict(program.numerics)
-    | {'dtype': program.numerics.dtype.name, 'attend': program.numerics.attend.__name__},
+    | {name: getattr(program.numerics, name).name for name in ('dtype', 'between')}
+    | {name: getattr(program.numerics, name).__name__ for name in ('attend', 'multiply')},
     'loss_chunk': program.loss_chunk,
     'seed': program.seed,
     'mesh': run.mesh,

@@ -11,12 +11,15 @@ import operator
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 # Query rows per chunk, and into how many groups a dense layer's chunks fall: measured on CPU.
 # Shorter chunks starve the matrix products, longer ones fall out of the cache. G groups compute
 # (G + 1) / 2G of the L x L scores (8: 56 %), and each adds to the time of compilation.
 ROWS = 128
 MAX_GROUPS = 8
+
+ATTENDED = 'attended'  # the name by which a remat policy knows what would be attention again
 
 dot_f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -150,7 +153,8 @@ def _forward(window, dropout, q_blhk, k_bshk, v_bshk, key_b):
     return carry, (o_bhlk.astype(q_bhlk.dtype), max_bhl + jnp.log(sum_bhl))
 
   _, (o_ibhlk, lse_ibhl) = _scan_chunks(chunk, (), L, window, _by_chunk(q_blhk, rows))
-  o_blhk = _by_row(o_ibhlk, L)
+  o_blhk = checkpoint_name(_by_row(o_ibhlk, L), ATTENDED)
+  lse_ibhl = checkpoint_name(lse_ibhl, ATTENDED)
   return o_blhk, (q_blhk, k_bshk, v_bshk, key_b, o_blhk, lse_ibhl)
 
 

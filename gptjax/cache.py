@@ -33,7 +33,7 @@ class Past:
     """
     B, L, _, K = q_blhk.shape
     new_l = self.end + jnp.arange(L)
-    q_mlk, k_mlk, v_mlk = map(_by_head, (q_blhk, k_blhk, v_blhk))
+    q_mlk, k_mlk, v_mlk = (_by_head(x.astype(self.k_msk.dtype)) for x in (q_blhk, k_blhk, v_blhk))
     after = self._write(self.k_msk, k_mlk), self._write(self.v_msk, v_mlk)
     if L == 1:  # what its column takes the place of is seen no more: no need for a copy
       (k_msk, v_msk), key_s = after, self._columns(self.end + 1)

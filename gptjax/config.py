@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from gptjax import checkpoint, flags, kernels, schedule, sharding, skips
+from gptjax import checkpoint, flags, kernels, products, schedule, sharding, skips
 from gptjax.data import mixture
 from gptjax.errors import Mistake, mistake, raise_all, told_as
 from gptjax.model import REMAT, Numerics
@@ -21,6 +21,7 @@ from gptjax.step import Program
 
 DTYPES = ('auto', 'float32', 'bfloat16')
 LAYERS = ('dense', 'banded')
+LEAST_EPS = 1e-37  # f32 has less, but not in products with it
 LARGEST = 2**20  # of a size: what is larger is a slip of the keyboard
 # Every knob of a training config, by group: no other is taken, and none may be left out.
 KNOBS = {
@@ -125,7 +126,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
   return Run(
     program=Program(
       shape,
-      Numerics(dtype, attend, remat, dropout),
+      _numerics(devices[0].platform, dtype, attend, remat, dropout),
       optimizer,
       chunk,
       config.seed,
@@ -218,7 +219,7 @@ def untrained(shape: Shape) -> Program:
   devices = jax.devices()
   dtype = jnp.dtype('float32' if devices[0].platform == 'cpu' else 'bfloat16')
   attend = kernels.choose('chunked', devices, shape, dtype, 0.0)
-  numerics = Numerics(dtype, attend, 'none', 0.0)
+  numerics = _numerics(devices[0].platform, dtype, attend, 'none', 0.0)
   return Program(shape, numerics, AdamW(0.0, 0.0, 1.0, 0.0, 1.0), shape.context, 0, Guard(0.0, 2))
 
 
@@ -263,6 +264,12 @@ def _dtype(config, platform) -> jnp.dtype:
   return jnp.dtype(name)
 
 
+def _numerics(platform, dtype, attend, remat, dropout) -> Numerics:
+  if platform == 'cpu' and dtype == jnp.bfloat16:
+    return Numerics(dtype, jnp.dtype('float32'), attend, products.in_bf16, remat, dropout)
+  return Numerics(dtype, dtype, attend, products.plainly, remat, dropout)
+
+
 def _remat(config) -> str:
   name = config.compute.remat
   if name not in REMAT:
@@ -283,9 +290,10 @@ def _optimizer(config) -> AdamW:
     if not 0 <= value < 1:
       raise mistake(f'adamw.{name}', value, '0 ≤ … < 1', f'--config.adamw.{name}=0.9')
   _at_least('adamw.weight_decay', c.weight_decay, 0)
-  if not (c.eps > 0 and c.clip_norm > 0):
+  if not (c.eps >= LEAST_EPS and c.clip_norm > 0):
     got = f'eps {c.eps}, clip_norm {c.clip_norm}'
-    raise mistake('adamw', got, 'both above 0', '--config.adamw.clip_norm=1.0')
+    wanted, fix = f'eps {LEAST_EPS} or more, clip_norm above 0', '--config.adamw.eps=1e-8'
+    raise mistake('adamw', got, wanted, f'{fix} --config.adamw.clip_norm=1.0')
   return AdamW(c.b1, c.b2, c.eps, c.weight_decay, c.clip_norm)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from gptjax import cache, sampling, sharding
 from gptjax.cache import Cache
 from gptjax.sampling import History, Sampling
-from gptjax.step import Program, split_blocks
+from gptjax.step import Program, to_read
 
 CHUNK = 64  # tokens of a row that are read at once; a row is filled up to a multiple of it
 
@@ -34,7 +34,14 @@ def seen(length: int, context: int) -> int:
 class Decoder:
   """A model, and what it has read of some rows; on the mesh that is set when it is used."""
 
-  def __init__(self, program: Program, params: dict, rows: int, positions: int | None = None):
+  def __init__(
+    self,
+    program: Program,
+    params: dict,
+    rows: int,
+    positions: int | None = None,
+    dtype: str | None = None,
+  ):
     """For so many rows at a time.
 
     Args:
@@ -43,12 +50,16 @@ class Decoder:
       rows: how many there are in each call.
       positions: how long a row will get at most, if that is known and less than the context: a
         shorter cache is read faster.
+      dtype: to compute in; None: the program's own.
     """
+    program, self._params = to_read(program, params, dtype)
     self.rows, self.context = rows, program.shape.context
     self.positions = min(self.context, positions or self.context)
-    self._params, self._chunk = split_blocks(params), min(CHUNK, self.context)
-    shape, dtype = program.shape, program.numerics.dtype
-    self._empty = jax.jit(lambda first_b: cache.empty(shape, first_b, dtype, self.positions))
+    shape, dtype, platform = program.shape, program.numerics.dtype, jax.devices()[0].platform
+    self._chunk = min(CHUNK, self.context)
+    # XLA's CPU backend writes to a ring of bf16 by making f32 of all of it.
+    kept = jnp.float32 if platform == 'cpu' else dtype
+    self._empty = jax.jit(lambda first_b: cache.empty(shape, first_b, kept, self.positions))
     self._read = jax.jit(program.read, donate_argnums=2)
     self._reorder = jax.jit(Cache.take, donate_argnums=0)
     self._cache: Cache | None = None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from gptjax import flags, hf_save, hf_tokenizer, trained
+from gptjax import flags, hf_save, hf_tokenizer, products, trained
 from gptjax.errors import told_plainly
 from gptjax.sizes import Shape
 from gptjax.step import Program
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _logits(program: Program):
   """Of one row of random tokens, by a model of a shape with its params."""
   count = min(TESTED, program.shape.context)
-  numerics = dataclasses.replace(program.numerics, dtype=np.dtype('float32'))
+  f32 = np.dtype('float32')
+  exact = {'dtype': f32, 'between': f32, 'multiply': products.plainly}
+  numerics = dataclasses.replace(program.numerics, **exact)
   token_bl = np.random.default_rng(0).integers(0, program.shape.vocab_size, (1, count))
 
   def logits(shape: Shape, params: dict) -> np.ndarray:

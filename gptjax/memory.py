@@ -73,7 +73,7 @@ def kept_activations(run: Run) -> int:
   """
   program, shape = run.program, run.program.shape
   if run.mesh['stage'] > 1:
-    size, dtype = (run.microbatch, shape.context, shape.d_model), program.numerics.dtype
+    size, dtype = (run.microbatch, shape.context, shape.d_model), program.numerics.between
     one = jax.ShapeDtypeStruct(size, dtype, sharding=_layout('btd'))
     return _bytes(one) * (2 * run.mesh['stage'] - 1)
   params = program.abstract_state()['params']

@@ -13,8 +13,10 @@ from flax import nnx
 from jax import lax
 from jax.sharding import reshard
 
+from gptjax.attention import ATTENDED
 from gptjax.cache import Cache
 from gptjax.errors import mistake
+from gptjax.products import OPERAND, Multiply
 from gptjax.sharding import (
   GATHERED,
   computed,
@@ -46,6 +48,8 @@ def keep_products(primitive, *operands, **params) -> bool:
   """A remat policy: products with weights are kept, summed over devices if they have to be."""
   if primitive.name == 'reshard':
     return bool(operands[0].sharding.spec.unreduced)
+  if primitive.name == 'name':
+    return params['name'] in (OPERAND, ATTENDED)
   if primitive.name != 'dot_general' or _spreads(primitive, params):
     return False
   _, (batch, _) = params['dimension_numbers']
@@ -73,8 +77,10 @@ REMAT = {
 class Numerics:
   """How a model is computed: none of it changes what is on disk."""
 
-  dtype: jnp.dtype  # of weights and activations in use; logits, norms and softmax are f32
+  dtype: jnp.dtype  # of what is multiplied; sums, logits, norms and softmax are f32
+  between: jnp.dtype  # of activations between products
   attend: Callable  # (q_blhk, k_bshk, v_bshk, window, *, dropout, key_b) -> o_blhk
+  multiply: Multiply
   remat: str  # a name in REMAT
   dropout: float
 
@@ -113,17 +119,17 @@ class Attention(nnx.Module):
     B, L, _ = x_btd.shape
     dtype = x_btd.dtype
     x_bld = gather_positions(x_btd)
-    qkv_blchk = jnp.einsum('bld,dchk->blchk', x_bld, use(self.qkv, 'dchk', dtype))
+    qkv_blchk = numerics.multiply('bld,dchk->blchk', x_bld, self.qkv)
     if self.qkv_bias is not None:
       qkv_blchk += use_rows(self.qkv_bias, 'chk', dtype, 'b', B)[:, None]
     qkv_cblhk = jnp.moveaxis(qkv_blchk, 2, 0)
     if past is None:
       dropout = 0.0 if key_b is None else numerics.dropout
-      o_blhk = numerics.attend(*qkv_cblhk, window, dropout=dropout, key_b=key_b)
+      qkv_cblhk = qkv_cblhk.astype(numerics.dtype)
+      o_blhk = numerics.attend(*qkv_cblhk, window, dropout=dropout, key_b=key_b).astype(dtype)
     else:
       o_blhk, past = past.attend(*qkv_cblhk, window)
-    w_hkd = use(self.out, 'hkd', dtype)
-    o_btd = scatter_positions('blhk,hkd->bld', o_blhk, w_hkd)
+    o_btd = scatter_positions(numerics.multiply, 'blhk,hkd->bld', o_blhk, self.out)
     return o_btd + use_rows(self.out_bias, 'd', dtype, residual(L), B, L), past
 
 
@@ -138,13 +144,13 @@ class Mlp(nnx.Module):
     self.down = weight(down_key, 'fd', F, D, std=residual_std(shape))
     self.down_bias = constant(0.0, 'd', D)
 
-  def __call__(self, x_btd):
+  def __call__(self, x_btd, multiply):
     B, L, _ = x_btd.shape
     dtype = x_btd.dtype
-    h_blf = jnp.einsum('bld,df->blf', gather_positions(x_btd), use(self.up, 'df', dtype))
+    h_blf = multiply('bld,df->blf', gather_positions(x_btd), self.up)
     bias_bf = use_rows(self.up_bias, 'f', dtype, 'b', B)
     h_blf = jax.nn.gelu(h_blf + bias_bf[:, None], approximate=True)
-    x_btd = scatter_positions('blf,fd->bld', h_blf, use(self.down, 'fd', dtype))
+    x_btd = scatter_positions(multiply, 'blf,fd->bld', h_blf, self.down)
     return x_btd + use_rows(self.down_bias, 'd', dtype, residual(L), B, L)
 
 
@@ -160,10 +166,10 @@ class Block(nnx.Module):
 
   def __call__(self, x_btd, window, numerics, key_b, past=None):
     attend_key_b, attn_key_b, mlp_key_b = split_rows(key_b, 3)
-    y_btd = self.attn_norm(x_btd, numerics.dtype)
+    y_btd = self.attn_norm(x_btd, numerics.between)
     y_btd, past = self.attn(y_btd, window, numerics, attend_key_b, past)
     x_btd += drop(y_btd, numerics.dropout, attn_key_b)
-    y_btd = self.mlp(self.mlp_norm(x_btd, numerics.dtype))
+    y_btd = self.mlp(self.mlp_norm(x_btd, numerics.between), numerics.multiply)
     return x_btd + drop(y_btd, numerics.dropout, mlp_key_b), past
 
 
@@ -210,7 +216,7 @@ class GPT(nnx.Module):
 
   def output(self, numerics: Numerics) -> jax.Array:
     """The output matrix e_vd in use; the embedding is the same."""
-    return use(self.embed, 'vd', numerics.dtype)
+    return use(self.embed, 'vd', numerics.between)
 
   def start(self, e_vd, token_bl, numerics, key_b, cache=None) -> jax.Array:
     """What goes into the first layer."""
@@ -220,16 +226,16 @@ class GPT(nnx.Module):
       raise mistake('length of a row', f'{L} tokens', f'at most {T}, the positions', 'shorter rows')
     x_bld = look_up(e_vd, token_bl)
     if cache is None:
-      x_bld += use_rows(self.position, 'ld', numerics.dtype, 'bl', B, T)[:, :L]
+      x_bld += use_rows(self.position, 'ld', numerics.between, 'bl', B, T)[:, :L]
     else:
       x_bld += look_up(
-        use(self.position, 'ld', numerics.dtype), jnp.minimum(cache.positions(L), T - 1)
+        use(self.position, 'ld', numerics.between), jnp.minimum(cache.positions(L), T - 1)
       )
     return drop(reshard_residual(x_bld), numerics.dropout, fold_rows(key_b, 0))
 
   def finish(self, x_btd, numerics) -> jax.Array:
     """The final hidden states of what comes out of the last layer."""
-    return reshard(self.norm(x_btd, numerics.dtype), computed('bld'))
+    return reshard(self.norm(x_btd, numerics.between), computed('bld'))
 
   def run_layers(self, x_btd, numerics, key_b, first=0) -> jax.Array:
     """Through all layers there are, of which the first has this number."""

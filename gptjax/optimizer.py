@@ -3,12 +3,17 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-  """Adam with decoupled weight decay on matrices, after a clip of the gradient's global norm."""
+  """Adam with decoupled weight decay on matrices, after a clip of the gradient's global norm.
+
+  What `optax.chain` of its clip, Adam and decay computes, which the tests see to. It is written out
+  because of `take`: chosen after an update, old or new moments cost a second pass over all of them.
+  """
 
   b1: float
   b2: float
@@ -18,21 +23,42 @@ class AdamW:
 
   def init(self, params: dict) -> dict:
     """Moments `mu` and `nu`, shaped and split like the params, and the `count` of updates."""
-    return self._adam.init(params)._asdict()
+    return optax.scale_by_adam().init(params)._asdict()
 
-  def update(self, grads: dict, moments: dict, params: dict, lr: jax.Array) -> tuple[dict, dict]:
-    """The change of the params at learning rate `lr`, and the moments after it."""
-    stateless = optax.EmptyState()
-    grads, _ = optax.clip_by_global_norm(self.clip_norm).update(grads, stateless)
-    updates, adam = self._adam.update(grads, optax.ScaleByAdamState(**moments))
-    updates, _ = optax.add_decayed_weights(self.weight_decay, decays).update(
-      updates, optax.MaskedState(stateless), params
-    )
-    return jax.tree.map(lambda u: -lr * u, updates), adam._asdict()
+  def update(
+    self,
+    grads: dict,
+    moments: dict,
+    params: dict,
+    lr: jax.Array,
+    norm: jax.Array,
+    take: jax.Array | bool = True,
+  ) -> tuple[dict, dict]:
+    """The change of the params at learning rate `lr`, and the moments after it.
 
-  @property
-  def _adam(self) -> optax.GradientTransformation:
-    return optax.scale_by_adam(self.b1, self.b2, self.eps)
+    Args:
+      grads: of the params.
+      moments: from `init` or the update before.
+      params: which of them decay is told by their names.
+      lr: the learning rate.
+      norm: the global norm of grads.
+      take: if False nothing changes, whatever the grads are.
+    """
+    scale = 1 / jnp.maximum(1, norm / self.clip_norm)
+    count = moments['count'] + 1
+    unbias = 1 - self.b1**count, 1 - self.b2**count
+
+    def average(decay, power):
+      step = lambda old, g: jnp.where(take, decay * old + (1 - decay) * (g * scale) ** power, old)
+      return lambda old: jax.tree.map(step, old, grads)
+
+    def change(mu, nu, w, decays):
+      adam = mu / unbias[0] / (jnp.sqrt(nu / unbias[1]) + self.eps)
+      return jnp.where(take, -lr * (adam + self.weight_decay * w if decays else adam), 0)
+
+    mu, nu = average(self.b1, 1)(moments['mu']), average(self.b2, 2)(moments['nu'])
+    updates = jax.tree.map(change, mu, nu, params, decays(params))
+    return updates, {'mu': mu, 'nu': nu, 'count': jnp.where(take, count, moments['count'])}
 
 
 def decays(params: dict) -> dict:

@@ -9,7 +9,7 @@ later. Changing how a model is split over a machine means changing a table.
 
 import collections
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -264,13 +264,22 @@ def use_rows(param: nnx.Param, dims: str, dtype: jnp.dtype, rows: str, *shape: i
   Explicit sharding lets a `reduced` array into products only, since there it knows how to leave
   the gradient unreduced; so a bias is spread over the rows by an outer product with ones.
   """
-  ones = jnp.ones(shape, dtype, out_sharding=computed(rows))
+  ones = lambda: jnp.ones(shape, dtype, out_sharding=computed(rows))
   every = rows + ''.join(dim for dim in dims if dim not in rows)
-  subscripts, out = f'{rows},{dims}->{every}', computed(every)
-  spread = jnp.einsum(subscripts, ones, use(param, dims, dtype, rows), out_sharding=out)
-  # For the gradient, which must lie like this before rows are summed: Shardy aborts if it finds it
-  # gathered for another use.
-  return reshard(spread, out)
+  out, own_sum = computed(every), P(*computed(dims).partitions, unreduced=_axes(rows))
+
+  def spread(w):
+    return jnp.einsum(f'{rows},{dims}->{every}', ones(), w, out_sharding=out)
+
+  def backward(_, dy):
+    # Shardy aborts if it finds the gradient gathered for another use. Ones come first: with them
+    # last, as JAX would have it, XLA's CPU backend transposes the gradient.
+    dy = reshard(dy, out)
+    return (jnp.einsum(f'{rows},{every}->{dims}', ones(), dy, out_sharding=own_sum),)
+
+  spreading = jax.custom_vjp(spread)
+  spreading.defvjp(lambda w: (spread(w), None), backward)
+  return spreading(use(param, dims, dtype, rows))
 
 
 def residual(positions: int) -> str:
@@ -291,14 +300,17 @@ def gather_positions(x_btd: jax.Array) -> jax.Array:
   return reshard(x_btd, P(*computed('bld').partitions, reduced=_axes('t')))
 
 
-def scatter_positions(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """The product of two arrays, a sum over `tensor`, of which each device gets its positions.
+def scatter_positions(
+  multiply: Callable, subscripts: str, x: jax.Array, param: nnx.Param
+) -> jax.Array:
+  """The product of an array and a param, a sum over `tensor`, each device getting its positions.
 
   Args:
+    multiply: of `products.py`.
     subscripts: of the product, ending in '->bld'.
   """
   own_sum = P(*computed('bld').partitions, unreduced=_axes('t'))
-  return reshard_residual(jnp.einsum(subscripts, x, w, out_sharding=own_sum))
+  return reshard_residual(multiply(subscripts, x, param, out_sharding=own_sum))
 
 
 def reshard_residual(x_bld: jax.Array) -> jax.Array:

@@ -33,11 +33,12 @@ class Guard:
     values = {name: jnp.zeros(self.window, jnp.float32) for name in STEADIEST}
     return values | {name: jnp.int32(0) for name in ('good', 'streak', 'since')}
 
-  def judge(
-    self, health: dict, loss: jax.Array, grad_norm: jax.Array, update_norm: jax.Array
-  ) -> jax.Array:
-    """GOOD, or what is wrong with a step."""
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+  def judge(self, health: dict, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
+    """GOOD, or what is wrong with a step.
+
+    Where both are finite the update is too: its gradient is clipped, and an epsilon divides it.
+    """
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     judged = jnp.where(finite, GOOD, NOT_FINITE)
     if not self.spike:
       return judged

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from gptjax import pipeline, sharding, stability
+from gptjax import pipeline, products, sharding, stability
 from gptjax.cache import Cache
 from gptjax.loss import cross_entropy, logits, next_logits, token_losses
 from gptjax.model import GPT, Numerics
@@ -110,22 +110,32 @@ class Program:
     """The loss, given final hidden states and the output matrix in use."""
     label_bl = token_bl[:, 1:].astype(jnp.int32)
     weight_bl = weight_b[:, None] * jnp.ones_like(label_bl, jnp.float32)
-    return cross_entropy(x_bld, e_vd, label_bl, weight_bl, self.shape.vocab_size, self.loss_chunk)
+    return cross_entropy(
+      x_bld,
+      e_vd,
+      label_bl,
+      weight_bl,
+      self.shape.vocab_size,
+      self.loss_chunk,
+      self.numerics.dtype,
+    )
 
   def token_losses(self, params: dict, token_bl: jax.Array) -> jax.Array:
     """Cross-entropy in nats [b, l - 1] of each token but the first of its row."""
     x_bld, e_vd = self.hidden(params, token_bl[:, :-1])
+    x_bld, e_vd = (a.astype(self.numerics.dtype) for a in (x_bld, e_vd))
     return token_losses(x_bld, e_vd, token_bl[:, 1:], self.shape.vocab_size, self.loss_chunk)
 
   def logits(self, params: dict, token_bl: jax.Array) -> jax.Array:
     """Logits [b, l, padded vocabulary] in f32 of the token after each; the padding has -inf."""
-    return logits(*self.hidden(params, token_bl), self.shape.vocab_size)
+    operands = (a.astype(self.numerics.dtype) for a in self.hidden(params, token_bl))
+    return logits(*operands, self.shape.vocab_size)
 
   def read(self, params: dict, token_bl: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Logits [padded vocabulary, b] in f32 of the token after the last, and the cache after it.
 
     Args:
-      params: with their blocks apart, as `split_blocks` gives them.
+      params: as `to_read` gives them, with this program.
       token_bl: the tokens that follow what the cache knows.
       cache: of the tokens before.
     """
@@ -161,7 +171,10 @@ class Program:
       return sums[0] + value, jax.tree.map(jnp.add, sums[1], grads)
 
     zeros = jnp.float32(0), sharding.deferred_zeros(deferred)
-    total, grads = lax.fori_loop(0, batch.slices, add, zeros)
+    if len(batch.token_gbl) == 1:  # nothing to loop over, and XLA then adds to no zeros
+      total, grads = add(0, zeros)
+    else:
+      total, grads = lax.fori_loop(0, batch.slices, add, zeros)
     return total, sharding.reduce(grads)
 
   def _through_stages(self, params, batch):
@@ -208,17 +221,16 @@ class Program:
     """
     loss, grads = self.gradients(state['params'], token_gbl, start, rows)
     grad_norm = optax.tree.norm(grads)
-    updates, moments = self.optimizer.update(grads, state['moments'], state['params'], lr)
-    update_norm = optax.tree.norm(updates)
-    judged = self.guard.judge(state['health'], loss, grad_norm, update_norm)
-    taken = {'params': optax.apply_updates(state['params'], updates), 'moments': moments}
-    kept = {name: state[name] for name in taken}
-    new = stability.choose(judged == stability.GOOD, taken, kept)
+    judged = self.guard.judge(state['health'], loss, grad_norm)
+    updates, moments = self.optimizer.update(
+      grads, state['moments'], state['params'], lr, grad_norm, judged == stability.GOOD
+    )
+    new = {'params': optax.apply_updates(state['params'], updates), 'moments': moments}
     health = self.guard.after(state['health'], judged, start, loss, grad_norm)
     metrics = {
       'loss': loss,
       'grad_norm': grad_norm,
-      'update_norm': jnp.where(judged == stability.GOOD, update_norm, 0.0),
+      'update_norm': optax.tree.norm(updates),
       'param_norm': optax.tree.norm(new['params']),
       'judged': judged,
       'streak': health['streak'],
@@ -246,19 +258,26 @@ class Program:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(sequence_b)
 
 
-def split_blocks(params: dict) -> dict:
-  """The same params with each block apart, for reading token by token.
+def to_read(program: Program, params: dict, dtype: str | None = None) -> tuple[Program, dict]:
+  """A program and its params for reading token by token, which `Program.read` is for.
 
-  A block cut out of [n, …] inside a program would be copied for every token, which takes as long
-  as to multiply by it. Gives up what it is given, array by array, so both are never there.
+  Each block is apart, in the dtype of use, its matrices as `products.weight_first` wants them: a
+  block cut out of [n, …] inside a program would be copied for every token, and cast again, and each
+  takes as long as to multiply by it. Gives up the params array by array, so both are never there.
+
+  Args:
+    program: as the mesh that is set has it.
+    params: of the state.
+    dtype: to compute in; None: the program's own.
   """
-  blocks = params.pop('blocks')
-  leaves, tree = jax.tree.flatten(blocks)
+  dtype = jnp.dtype(dtype or program.numerics.dtype)
+  how = {'dtype': dtype, 'between': dtype, 'multiply': products.weight_first}
+  numerics = dataclasses.replace(program.numerics, **how)
+  leaves, tree = jax.tree_util.tree_flatten_with_path(params.pop('blocks'))
   apart = []
-  del blocks
   while leaves:
-    a = leaves.pop(0)
-    apart.append([a[i] for i in range(len(a))])
-  return params | {
-    'blocks': tuple(jax.tree.unflatten(tree, block) for block in zip(*apart, strict=True))
-  }
+    path, a = leaves.pop(0)
+    apart.append([products.to_read(path[-1].key, a[i].astype(dtype)) for i in range(len(a))])
+  laid = {name: jax.tree.map(lambda a: a.astype(dtype), params.pop(name)) for name in [*params]}
+  laid['blocks'] = tuple(jax.tree.unflatten(tree, block) for block in zip(*apart, strict=True))
+  return dataclasses.replace(program, numerics=numerics), laid

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import attention, machines, sharding
+from gptjax import attention, machines, products, sharding
 from gptjax.decode import Decoder
 from gptjax.model import Numerics
 from gptjax.optimizer import AdamW
@@ -20,7 +20,8 @@ from gptjax.step import Program
 # Three layers: one period of the pattern, and one layer left over. n_heads · d_head ≠ d_model, and
 # the vocabulary is padded.
 SHAPE = Shape(3, 32, 4, 6, 64, 16, 250, (None, 5))
-NUMERICS = Numerics(jnp.dtype('float32'), attention.reference, 'none', 0.0)
+F32 = jnp.dtype('float32')
+NUMERICS = Numerics(F32, F32, attention.reference, products.plainly, 'none', 0.0)
 ADAMW = AdamW(0.9, 0.95, 1e-8, 0.1, 1.0)
 GUARD = Guard(10.0, 16)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax import cache, sharding
-from gptjax.step import split_blocks
+from gptjax.step import to_read
 from tests import small
 
 T = small.SHAPE.context
@@ -22,6 +22,7 @@ def shape_of(windows):
 
 def read(program, params, token_bt, parts, first_b, positions=T):
   """Logits after each part [b, v], with rows that begin in those columns."""
+  program, params = to_read(program, dict(params))
   step = jax.jit(program.read)
   known = cache.empty(
     program.shape, jax.device_put(first_b, sharding.computed('b')), jnp.float32, positions
@@ -56,7 +57,13 @@ def test_reading_in_parts_is_reading_at_once(windows, parts):
   with small.on():
     params = loud(program)
     want = at_once(program, params)
-    for end, got in read(program, split_blocks(dict(params)), TOKENS, parts, np.zeros(2, 'int32')):
+    for end, got in read(
+      program,
+      params,
+      TOKENS,
+      parts,
+      np.zeros(2, 'int32'),
+    ):
       np.testing.assert_allclose(got, want[:, end - 1], rtol=1e-4, atol=1e-4)
 
 
@@ -70,7 +77,7 @@ def test_a_row_that_begins_later_is_that_row_alone(parts):
   with small.on():
     params = loud(program)
     want = at_once(program, params)
-    for end, got in read(program, split_blocks(dict(params)), shifted, parts, first_b):
+    for end, got in read(program, params, shifted, parts, first_b):
       np.testing.assert_allclose(got[0], want[0, end - 1], rtol=1e-4, atol=1e-4)
       if end > 6:
         np.testing.assert_allclose(got[1], want[1, end - 7], rtol=1e-4, atol=1e-4)
@@ -89,7 +96,11 @@ def test_any_mesh_reads_the_same(mesh):
     like = program.abstract_state()['params']
     laid = jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), params, like)
     for end, got in read(
-      program, split_blocks(laid), TOKENS, [8, 1, 1, 4, 1, 1], np.zeros(2, 'int32')
+      program,
+      laid,
+      TOKENS,
+      [8, 1, 1, 4, 1, 1],
+      np.zeros(2, 'int32'),
     ):
       np.testing.assert_allclose(got, want[:, end - 1], rtol=1e-4, atol=1e-4)
 
@@ -111,14 +122,21 @@ def test_a_cache_of_fewer_positions_serves_rows_that_get_no_more():
     first_b = np.array([2, 2], 'int32')
     shifted = np.concatenate([np.zeros((2, 2), 'int32'), TOKENS], 1)
     parts = [4, 4, 1, 1]
-    for end, got in read(program, split_blocks(dict(params)), shifted, parts, first_b, positions=8):
+    for end, got in read(
+      program,
+      params,
+      shifted,
+      parts,
+      first_b,
+      positions=8,
+    ):
       np.testing.assert_allclose(got, want[:, end - 3], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_are_taken_go_on_as_they_were():
   program = small.program()
   with small.on():
-    params = split_blocks(loud(program))
+    program, params = to_read(program, loud(program))
     step = jax.jit(program.read)
     known = cache.empty(program.shape, jnp.array([0, 3]), jnp.float32, T)
     _, known = step(params, TOKENS[:, :8], known)

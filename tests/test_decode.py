@@ -43,6 +43,21 @@ def without_cache(model, prompt, count):
   return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize('rows', [1, 3])
+def test_in_another_dtype_it_says_nearly_the_same(loud, rows):
+  program, params = loud
+  prompts = [[7, 8, 9, 10, 11]] * rows
+  said = {}
+  with small.on():
+    for dtype in ('float32', 'bfloat16'):
+      decoder = decode.Decoder(program, small.laid(program, params), rows, dtype=dtype)
+      first = decoder.read(prompts)
+      said[dtype] = [np.asarray(a)[:250] for a in (first, decoder.read_one(np.full(rows, 12)))]
+  for exact, rough in zip(*said.values(), strict=True):
+    off = np.abs(exact - rough).max() / exact.std()
+    assert 1e-4 < off < 0.2
+
+
 @pytest.mark.parametrize('windows', [(None, 5), pytest.param((4,), marks=pytest.mark.slow)])
 def test_greedy_is_the_likeliest_token_far_past_the_end_of_the_context(windows):
   program = small.program(dataclasses.replace(small.SHAPE, windows=windows))

@@ -32,6 +32,7 @@ FLOORS = {
   'hlo': 0,
   'machines': 0,
   'sharding': 0.5,
+  'products': 0.75,
   'schedule': 0,
   'skips': 0.5,
   'stability': 0,
@@ -89,7 +90,7 @@ EVERYWHERE = {'errors', 'files', 'flags'}
 ENTRIES = {name for name, floor in FLOORS.items() if floor == 4}
 SEES_CONFIGS = ENTRIES | {'flags', 'config'}
 # They know letters only, no machine.
-LETTERS_ONLY = {'model', 'attention', 'kernels', 'loss'}
+LETTERS_ONLY = {'model', 'attention', 'kernels', 'loss', 'products'}
 MESH_AXES = {'data', 'fsdp', 'tensor', 'stage'}
 ASKS_FOR_DEVICES = {
   'devices',

@@ -40,7 +40,7 @@ def test_value_and_gradients_are_the_textbooks(mesh, chunk):
 
     def scaled(x_bld, e_vd):  # by 3, so that an ignored cotangent shows
       used = sharding.use(nnx.Param(e_vd), 'vd', jnp.float32)
-      return 3 * loss.cross_entropy(x_bld, used, label, weight, REAL, chunk)
+      return 3 * loss.cross_entropy(x_bld, used, label, weight, REAL, chunk, x_bld.dtype)
 
     args = place(x_bld, 'bld'), jax.device_put(e_vd, sharding.stored('vd'))
     got = jax.jit(jax.value_and_grad(scaled, (0, 1)))(*args)
@@ -75,7 +75,7 @@ def test_chunks_do_not_show_in_bf16():
   label_bl, weight_bl = jnp.zeros((2, 1024), 'int32'), jnp.ones((2, 1024))
 
   def gradients(chunk):
-    value = lambda *xe: loss.cross_entropy(*xe, label_bl, weight_bl, 16, chunk)
+    value = lambda *xe: loss.cross_entropy(*xe, label_bl, weight_bl, 16, chunk, xe[0].dtype)
     return jax.tree.map(np.float32, jax.jit(jax.value_and_grad(value, (0, 1)))(x_bld, e_vd))
 
   with small.on():
@@ -93,7 +93,7 @@ def temporaries(chunk):
 
     def value(x_bld, e_vd, label_bl, weight_bl):
       used = sharding.use(nnx.Param(e_vd), 'vd', jnp.float32)
-      return loss.cross_entropy(x_bld, used, label_bl, weight_bl, v, chunk)
+      return loss.cross_entropy(x_bld, used, label_bl, weight_bl, v, chunk, x_bld.dtype)
 
     step = jax.jit(jax.value_and_grad(value, (0, 1)))
     label_bl, weight_bl = a('bl', b, l, dtype='int32'), a('bl', b, l)
@@ -118,7 +118,7 @@ def test_logits_are_computed_once():
 
     def value(x_bld, e_vd):
       used = sharding.use(nnx.Param(e_vd), 'vd', jnp.float32)
-      return loss.cross_entropy(x_bld, used, label_bl, weight_bl, REAL, 5)
+      return loss.cross_entropy(x_bld, used, label_bl, weight_bl, REAL, 5, x_bld.dtype)
 
     lowered = jax.jit(jax.grad(value, (0, 1))).lower(x_bld, e_vd).as_text()
   assert lowered.count('stablehlo.dot_general') == 3

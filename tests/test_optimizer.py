@@ -1,8 +1,10 @@
-"""AdamW against its equations in NumPy, and which parameters decay."""
+"""AdamW against its equations in NumPy and against optax, and which parameters decay."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from gptjax.optimizer import MATRICES, decays
 from tests import small
@@ -20,8 +22,8 @@ def test_update_is_adamw_with_clip_and_decay_of_matrices():
     # Norms on both sides of the clip.
     scale = (0.1, 9)[t % 2]
     grads = {k: scale * random.normal(size=a.shape).astype('f') for k, a in params.items()}
-    updates, moments = ADAMW.update(grads, moments, params, np.float32(0.01))
     norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    updates, moments = ADAMW.update(grads, moments, params, np.float32(0.01), norm)
     for name, g in grads.items():
       g = g / max(1.0, norm)
       mu = mu | {name: 0.9 * mu[name] + 0.1 * g}
@@ -31,6 +33,38 @@ def test_update_is_adamw_with_clip_and_decay_of_matrices():
       np.testing.assert_allclose(updates[name], -0.01 * (step + decay), rtol=1e-4, atol=1e-7)
     params = jax.tree.map(lambda p, u: np.asarray(p + u), params, updates)
   assert int(moments['count']) == 3
+
+
+def test_update_is_that_of_optax():
+  random = np.random.default_rng(0)
+  draw = lambda scale: {
+    name: jnp.asarray(scale * random.normal(size=(5, 3)), 'float32') for name in ('up', 'up_bias')
+  }
+  theirs = optax.chain(
+    optax.clip_by_global_norm(ADAMW.clip_norm),
+    optax.adamw(0.01, ADAMW.b1, ADAMW.b2, ADAMW.eps, weight_decay=ADAMW.weight_decay, mask=decays),
+  )
+  params = draw(1)
+  state, moments = theirs.init(params), ADAMW.init(params)
+  for scale in (0.01, 9, 0.0, 1):  # on both sides of the clip, and nothing at all
+    grads = draw(scale)
+    want, state = theirs.update(grads, state, params)
+    norm = optax.tree.norm(grads)
+    updates, moments = ADAMW.update(grads, moments, params, np.float32(0.01), norm)
+    for name in params:
+      np.testing.assert_allclose(updates[name], want[name], rtol=1e-5, atol=1e-9)
+    params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), 1.0])
+def test_an_update_that_is_not_taken_changes_nothing(bad):
+  params = {'up': jnp.ones((2, 2))}
+  grads = {'up': jnp.full((2, 2), bad)}
+  moments = ADAMW.init(params) | {'count': jnp.int32(7)}
+  norm = optax.tree.norm(grads)
+  updates, after = ADAMW.update(grads, moments, params, np.float32(0.01), norm, jnp.array(False))
+  assert not np.any(updates['up'])
+  jax.tree.map(np.testing.assert_array_equal, after, moments)
 
 
 def test_matrices_decay_and_nothing_else():

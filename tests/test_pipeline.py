@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import pipeline
-from gptjax import attention, kernels
+from gptjax import attention, kernels, products
 from gptjax.step import Batch
 from tests import small
 
@@ -62,6 +62,16 @@ def test_1f1b_is_the_model_without_a_pipeline(without, mesh):
     found = measured(program())
   for rows in ROWS:
     small.assert_close(found[rows], without[rows], rtol=1e-4, atol=1e-6)
+
+
+def test_products_of_bf16_on_a_cpu_are_the_same_in_stages():
+  how = {'dtype': jnp.dtype('bfloat16'), 'multiply': products.in_bf16}
+  with on(1, 1, 1, 1):
+    want = measured(program(**how))
+  with on(*MESHES[0]):
+    found = measured(program(**how))
+  for rows in ROWS:
+    small.assert_close(found[rows], want[rows], rtol=2e-2, atol=1e-3)
 
 
 # As many slices as stages, fewer, and more that are no multiple of them.

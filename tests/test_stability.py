@@ -19,7 +19,7 @@ def judged(values, guard=GUARD):
   for i, value in enumerate(values):
     loss, norm = value if isinstance(value, tuple) else (value, 1.0)
     loss, norm = jnp.float32(loss), jnp.float32(norm)
-    said.append(int(guard.judge(health, loss, norm, jnp.float32(1))))
+    said.append(int(guard.judge(health, loss, norm)))
     health = guard.after(health, jnp.int32(said[-1]), jnp.int32(10 * i), loss, norm)
   return said, {name: np.asarray(value) for name, value in health.items()}
 

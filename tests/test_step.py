@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import attention
+from gptjax import attention, products
 from tests import small
 
 ROWS = 20  # of 24: the last slice is not full
@@ -37,6 +37,20 @@ def test_any_mesh_gives_the_same_loss_and_gradients(one_device, mesh):
   with small.on(*mesh):
     got = gradients(program, small.rows(3, 8), ROWS, start=7)
   small.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('mesh', [(1, 1, 1), ALL])
+@pytest.mark.parametrize('remat', ['none', 'dots'])
+def test_products_of_bf16_on_a_cpu_give_nearly_the_same(one_device, remat, mesh):
+  _, (want, want_grads) = one_device
+  bf16 = {'dtype': jnp.dtype('bfloat16'), 'multiply': products.in_bf16, 'remat': remat}
+  with small.on(*mesh):
+    program = small.program(attend=attention.chunked, **bf16)
+    got, grads = gradients(program, small.rows(3, 8), ROWS, start=7)
+  assert 0 < abs(got - want) < 1e-3 * want
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+    assert a.dtype == np.float32
+    assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b) + 1e-6
 
 
 @pytest.mark.parametrize('b', [1, pytest.param(24, marks=pytest.mark.slow)])

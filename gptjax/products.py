@@ -1,0 +1,133 @@
+"""How activations are multiplied by weights: what a product is, and how each machine does it best.
+
+A way to multiply takes (subscripts, x, param, out_sharding=None) and returns the einsum of x with
+the param, gathered and cast for use, in x's dtype; its sums are f32. Subscripts are those of the
+weight as it is trained, its dims that are summed over first.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+from jax.ad_checkpoint import checkpoint_name
+
+from gptjax.sharding import use
+
+Multiply = Callable[..., jax.Array]
+
+OPERAND = 'operand'  # the name by which a remat policy knows what a product keeps
+
+
+def plainly(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):
+  """As XLA does it: what every other way must equal."""
+  _, weight, _ = split(subscripts)
+  return jnp.einsum(subscripts, x, use(param, weight, x.dtype), out_sharding=out_sharding)
+
+
+def in_bf16(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):
+  """For a CPU: bf16 by bf16 is f32, in the gradients too, and what lies between products is f32.
+
+  XLA's CPU backend makes bf16 of a product's result, and of what follows it, more slowly than it
+  multiplies; and it has fast products of bf16 only where their result is f32 and the dim that is
+  summed over is the first operand's last.
+  """
+  rows, weight, out = split(subscripts)
+  w = use(param, weight, x.dtype)
+  of_x, of_w = _cotangent(x), _cotangent(w)
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+  def forward(x, w):
+    x = checkpoint_name(_bf16(x), OPERAND)
+    return dot(subscripts, x, _bf16(w), out_sharding=out_sharding), x
+
+  def backward(saved, dy):
+    x, w = saved
+    dy = _bf16(dy)
+    dx = dot(f'{out},{weight}->{rows}', dy, _bf16(w), out_sharding=of_x)
+    dw = dot(f'{rows},{out}->{weight}', _standing(x), dy, out_sharding=of_w)
+    return dx, dw
+
+  def keep(x, w):
+    y, x = forward(x, w)
+    return y, (x, w)
+
+  multiply = jax.custom_vjp(lambda x, w: forward(x, w)[0])
+  multiply.defvjp(keep, backward)
+  return multiply(x, w)
+
+
+def _bf16(x):
+  return x.astype(jnp.bfloat16)
+
+
+def _cotangent(x):
+  """How the gradient of an array lies."""
+  spec = jax.typeof(x).sharding.spec
+  return P(*spec.partitions, reduced=spec.unreduced, unreduced=spec.reduced)
+
+
+def _standing(x):
+  """Rows [b, l, …], with positions last in memory.
+
+  In two steps, since XLA would fold a plain transpose into the product, which is then no fast one.
+  """
+  B, L, *rest = x.shape
+  if L % 2:
+    return x
+  spec = jax.typeof(x).sharding.spec
+  b, l, *dims = spec.partitions
+  lies = functools.partial(P, reduced=spec.reduced, unreduced=spec.unreduced)
+  apart = jax.lax.reshape(x, (B, L // 2, 2, *rest), out_sharding=lies(b, l, None, *dims))
+  last = jnp.moveaxis(apart, (0, 1, 2), (-3, -2, -1))
+  joined = jax.lax.reshape(last, (*rest, B, L), out_sharding=lies(*dims, b, l))
+  return jnp.moveaxis(joined, (-2, -1), (0, 1))
+
+
+def weight_first(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):
+  """For few rows, by a param from `to_read`; only forward.
+
+  The first operand is the one that XLA's CPU backend takes as it lies in memory. Elsewhere the
+  order is all the same.
+  """
+  rows, weight, out = split(subscripts)
+  summed = sum(dim in rows for dim in weight)
+  weight = weight[summed:] + weight[:summed]
+  first = weight[:-summed] + ''.join(dim for dim in out if dim not in weight)
+  if out_sharding is not None:
+    partitions = (out_sharding.partitions[out.index(dim)] for dim in first)
+    out_sharding = P(*partitions, unreduced=out_sharding.unreduced)
+  w = use(param, weight, x.dtype)
+  y = by_rows(f'{weight},{rows}->{first}', w, x, out_sharding).astype(x.dtype)
+  # A barrier, because XLA would write the product the other way round to save a transpose of y.
+  return jnp.einsum(f'{first}->{out}', jax.lax.optimization_barrier(y))
+
+
+def by_rows(subscripts: str, w: jax.Array, x: jax.Array, out_sharding: P | None = None):
+  """The einsum of a weight in use with some rows, of which b is the first dim; in f32."""
+  _, rows, out = split(subscripts)
+  # XLA's CPU backend multiplies bf16 by one row at a tenth of the rate at which it does by two.
+  alone = x.dtype == jnp.bfloat16 and all(
+    size == 1 for dim, size in zip(rows, x.shape, strict=True) if dim in out
+  )
+  if alone:
+    x = jnp.concatenate([x, x])
+  y = jnp.einsum(subscripts, w, x, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+  return jax.lax.slice_in_dim(y, 0, 1, axis=out.index('b')) if alone else y
+
+
+def split(subscripts: str) -> list[str]:
+  """The dims of x, of the weight and of their product."""
+  return subscripts.replace('->', ',').split(',')
+
+
+# Of a block's matrices: over how many of their first dims a product sums.
+SUMMED = {'qkv': 1, 'out': 2, 'up': 1, 'down': 1}
+
+
+def to_read(name: str, w: jax.Array) -> jax.Array:
+  """A block's param as `weight_first` wants it: the dims that are summed over last."""
+  count, dims = SUMMED.get(name, 0), range(w.ndim)
+  return w.transpose(*dims[count:], *dims[:count])
