@@ -1,7 +1,8 @@
 """`python benchmarks/train_step.py --size=125m --context=1024 --batch=1`: where a step's time goes.
 
 Prints tokens/s, the parts of a step apart, and the fraction of the rate at which this machine
-multiplies two large matrices, measured in the same process. One device.
+multiplies two large matrices, measured in the same process. One device. With `--against=torch` it
+times the step beside PyTorch's instead (`benchmarks/against.py`).
 """
 
 import argparse
@@ -80,6 +81,22 @@ def measure(program: Program, batch: int, slices: int, repeats: int) -> dict[str
   return times
 
 
+def program_words(a: argparse.Namespace) -> list[str]:
+  """The command line of a config with the program that is asked for, without a dtype."""
+  knobs = {
+    'model.n_layers': a.layers or sizes.GPT3[a.size].n_layers,
+    'model.context': a.context,
+    'train_tokens': float(a.context * a.batch),
+    'batch.sequences': a.batch,
+    'batch.ramp_tokens': 0.0,
+    'compute.microbatch': a.batch // a.slices,
+    'compute.remat': a.remat,
+    'compute.loss_chunk': a.loss_chunk,
+  }
+  words = [f'--config.{name}={value}' for name, value in knobs.items()]
+  return [f'--config={CONFIGS / "gpt3.py"}:{a.size}', *words]
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--size', choices=sizes.GPT3, default='125m')
@@ -92,18 +109,24 @@ def main() -> None:
   parser.add_argument('--loss_chunk', type=int, default=512)
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--deterministic', action='store_true', help='as config.deterministic')
+  beside = parser.add_argument_group("beside PyTorch's step")
+  beside.add_argument('--against', choices=('torch',), help='time both, in float32 and bfloat16')
+  beside.add_argument('--contenders', default='', help='default: all that the machine has')
+  beside.add_argument('--steps', type=int, default=10, help='timed together on a GPU')
+  beside.add_argument('--halve', action='store_true', help='--batch where a GPU lacks memory')
+  beside.add_argument('--json', metavar='FILE', help='write the figures')
   a = parser.parse_args()
-  if a.slices < 1 or a.batch % a.slices or a.repeats < 1:
-    parser.error('--slices must divide --batch, and both and --repeats be 1 or more')
+  if a.slices < 1 or a.batch % a.slices or a.repeats < 1 or a.steps < 1:
+    parser.error('--slices must divide --batch, and they, --repeats and --steps be 1 or more')
+  if not a.against and (a.contenders or a.halve or a.json):
+    parser.error('--contenders, --halve and --json want --against=torch')
   ahead.fix_order(a.deterministic)
-  config = flags.parse(['', f'--config={CONFIGS / "gpt3.py"}:{a.size}'])
-  config.model.n_layers = a.layers or config.model.n_layers
-  config.model.context = a.context
-  config.train_tokens = float(a.context * a.batch)
-  config.batch.sequences, config.batch.ramp_tokens = a.batch, 0.0
-  config.compute.microbatch = a.batch // a.slices
-  config.compute.dtype, config.compute.remat = a.dtype, a.remat
-  config.compute.loss_chunk = a.loss_chunk
+  words = program_words(a)
+  if a.against:
+    from benchmarks import against  # which wants what the parts do not
+
+    return against.main(a, words)
+  config = flags.parse(['', *words, f'--config.compute.dtype={a.dtype}'])
   device = jax.devices()[0]
   program = resolve(config, [device]).program
   shape, numerics = program.shape, program.numerics

