@@ -54,11 +54,12 @@ CONTENDERS = {
   'torch-eager-f32': Contender('torch', 'float32', compiled=False),
   'torch-compiled-f32': Contender('torch', 'float32'),
   'torch-compiled-bf16': Contender('torch', 'bfloat16'),
+  'torch-eager-bf16': Contender('torch', 'bfloat16', compiled=False),
   # PyTorch's other way to a band, which has no backward pass on a CPU.
   'torch-flex-bf16': Contender('torch', 'bfloat16', bands='flex'),
 }
 OURS = {'float32': 'ours-f32', 'bfloat16': 'ours-bf16'}
-ON_CPU = [name for name in CONTENDERS if 'flex' not in name]
+ON_CPU = [name for name in CONTENDERS if name not in ('torch-eager-bf16', 'torch-flex-bf16')]
 ELSEWHERE = ['ours-bf16', 'torch-compiled-bf16']
 
 
@@ -77,11 +78,11 @@ class Worker:
   def __init__(self, job: Mapping, env: Mapping[str, str], log: pathlib.Path):
     """Starts it on a job, and writes what it says besides its answers to a log."""
     self._log = log
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     with open(log, 'ab') as err:
       self._process = subprocess.Popen(
         [sys.executable, '-m', 'benchmarks.contender'],
-        cwd=ROOT,
-        env=os.environ | env,
+        env=os.environ | env | {'PYTHONPATH': path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=err,

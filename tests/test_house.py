@@ -107,6 +107,7 @@ TESTS_OF_NO_MODULE = {
   'against': 'benchmarks/against.py and contender.py',
   'benchmarks': 'benchmarks/',
   'bucket': 'workdirs in a bucket',
+  'curve': 'benchmarks/curve.py',
   'house': 'the laws',
   'launch': 'the scripts of launch/',
   'recovery': 'what breaks while a run runs',
