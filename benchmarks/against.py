@@ -31,11 +31,8 @@ WARM = 2  # steps before those that are timed: the first compiles
 REST = 0.3  # seconds between turns, after which the last one's threads sleep
 PRODUCTS = 5  # large products, of which the fastest is what a machine can do
 LR = 1e-4
-ON_GPU = {
-  # All of the memory may be used, as in launch/gpu.sh and as PyTorch does.
-  'XLA_CLIENT_MEM_FRACTION': '0.9',
-  'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True',
-}
+# Of a GPU's memory, for JAX, as in launch/gpu.sh; PyTorch takes what it needs.
+FRACTION = {'XLA_CLIENT_MEM_FRACTION': '0.9'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +170,9 @@ class Race:
       'each': each,
       'products': products,
     }
-    env = {name: value for name, value in ON_GPU.items() if name not in os.environ}
+    # Under its old name too it may be set, and JAX refuses both.
+    given = {*FRACTION, 'XLA_PYTHON_CLIENT_MEM_FRACTION'} & os.environ.keys()
+    env = {} if given else FRACTION
     worker = Worker(job, env, self.folder / f'{name}.log')
     try:
       return worker, worker.answer()
@@ -361,11 +360,16 @@ def main(a: argparse.Namespace, words: Sequence[str]) -> None:
     on = f'{race.kind}, {os.cpu_count()} cores'
     print(f'{shape.n_params:,} parameters, {a.batch} × {a.context} tokens in {a.slices} slice(s)')
     print(f'ours with remat {a.remat}, on {on}', flush=True)
+    about = {'options': vars(a), 'parameters': shape.n_params, 'platform': race.platform, 'on': on}
     if race.platform == 'cpu':
-      found = in_turns(race, names, each, a.repeats)
+      found = judged(in_turns(race, names, each, a.repeats), shape, a.slices)
+      write(a.json, about, found)
     else:
-      found = {name: alone(race, name, each, a.repeats, a.steps, a.halve) for name in names}
-  found = judged(found, shape, a.slices)
+      measured, found = {}, {}
+      for name in names:
+        measured[name] = alone(race, name, each, a.repeats, a.steps, a.halve)
+        found = judged(measured, shape, a.slices)
+        write(a.json, about, found)  # one by one: the next may take too long
   print(f'\n{table(found)}\n')
   for dtype, peak in {row['dtype']: row.get('machine_product') for row in found.values()}.items():
     if peak:
@@ -374,14 +378,16 @@ def main(a: argparse.Namespace, words: Sequence[str]) -> None:
   losses = ', '.join(f'{row["first_loss"]:.5f}' for row in found.values() if 'first_loss' in row)
   told = ', '.join(f'{share:g} in {dtype}' for dtype, share in AGREE.items())
   print(f'losses of the first step {losses}: {"not " * bool(apart)}the same to {told}')
-  if a.json:
-    options = {k: v for k, v in vars(a).items() if k not in ('json', 'against')}
-    about = {'options': options, 'parameters': shape.n_params, 'on': on, 'losses_apart': apart}
-    text = json.dumps(about | {'platform': race.platform, 'rows': found}, indent=1)
-    with told_as(a.json, 'a place to write to', '--json=against.json', OSError):
-      files.write_whole(a.json, text)
   mistakes = [Mistake(f'{name}: {row["told"]}') for name, row in found.items() if 'failed' in row]
   if apart:
     wanted = 'the same loss from the same weights and tokens'
     mistakes.append(mistake('first losses', '; '.join(apart), wanted, 'tests/test_torch_gpt.py'))
   raise_all(mistakes)
+
+
+def write(path: str | None, about: Mapping, found: Mapping[str, dict]) -> None:
+  """Writes what is known of a comparison, if a file is wanted."""
+  if path:
+    text = json.dumps({**about, 'losses_apart': disagreeing(found), 'rows': found}, indent=1)
+    with told_as(path, 'a place to write to', '--json=against.json', OSError):
+      files.write_whole(path, text)

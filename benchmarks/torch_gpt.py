@@ -73,14 +73,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-  """Tokens and labels in, the mean cross-entropy in nats out."""
+  """Tokens and labels of whole contexts in, the mean cross-entropy in nats out."""
 
   def __init__(self, shape: Shape, bands: str = 'mask', device: str = 'cpu'):
     """With weights of no model yet: `load` brings some.
 
     Args:
       shape: of the model.
-      bands: in BANDS; 'flex' wants whole contexts.
+      bands: in BANDS.
       device: to run it on. Only blocks of FlexAttention cannot be moved there.
     """
     super().__init__()
@@ -102,11 +102,8 @@ class GPT(nn.Module):
         setattr(self, f'band_{w}', _blocks(shape.context, w, device))
 
   def forward(self, token_bl, label_bl):
-    L = token_bl.shape[1]
     bands = {w: getattr(self, f'band_{w}') for w in self.windows}
-    if L < len(self.position.weight):
-      bands = {w: band[..., :L, :L] for w, band in bands.items()}
-    x_bld = self.embed(token_bl) + self.position.weight[:L]
+    x_bld = self.embed(token_bl) + self.position.weight
     for block in self.blocks:
       x_bld = block(x_bld, bands.get(block.attn.window))
     logit_blv = F.linear(self.norm(x_bld), self.embed.weight, self.padding)
@@ -240,12 +237,13 @@ class Trainer:
     return torch.cuda.max_memory_allocated() if self.device.type == 'cuda' else None
 
 
-def matmul(size: int, dtype: str, device: str) -> Callable[[], None]:
-  """Something that multiplies two large matrices, and returns when it has."""
-  a = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
+def product(square: np.ndarray, dtype: str, device: str) -> Callable[[int], None]:
+  """Something that multiplies a matrix by itself so many times, and waits."""
+  a = torch.from_numpy(square).to(device, getattr(torch, dtype))
 
-  def run():
-    torch.matmul(a, a)
+  def run(times):
+    for _ in range(times):
+      torch.matmul(a, a)
     if device == 'cuda':
       torch.cuda.synchronize()
 

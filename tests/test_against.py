@@ -1,5 +1,7 @@
 """The comparison with PyTorch's step: what it makes of the figures, and of contenders that fail."""
 
+import argparse
+import dataclasses
 import io
 import json
 import sys
@@ -178,6 +180,37 @@ def test_weights_come_back_from_their_file(tmp_path):
   params = {'embed': np.ones((3, 2)), 'blocks': {'attn': {'qkv': np.arange(4)}}}
   contender.save(tmp_path / 'params.npz', params)
   small.assert_close(contender.load(tmp_path / 'params.npz'), params, 0, 0)
+
+
+def options(**more):
+  given = {'contenders': '', 'batch': 8, 'slices': 2, 'context': 16, 'remat': 'dots', 'repeats': 1}
+  return argparse.Namespace(**given | {'steps': 3, 'halve': True, 'json': None} | more)
+
+
+def test_on_a_gpu_one_runs_after_another_and_what_it_did_is_kept(tmp_path, monkeypatch, capsys):
+  scripted(
+    monkeypatch, f"if job['who'] == 'torch':\n  say(failed='lacks', told='no')\n{FULL}{STEPS}"
+  )
+  drawn = {'platform': 'gpu', 'kind': H100, 'shape': dataclasses.asdict(SHAPE)}
+  monkeypatch.setattr(against.Race, '_draw', lambda _: drawn)
+  out = tmp_path / 'a.json'
+  with pytest.raises(Mistake, match='torch-compiled-bf16: no'):
+    against.main(options(json=str(out)), [])
+  assert '4 rows are too many' in capsys.readouterr().out
+  rows = json.loads(out.read_text())['rows']
+  assert list(rows) == against.ELSEWHERE
+  assert rows['ours-bf16']['rows'] == 4
+  assert rows['torch-compiled-bf16']['failed'] == 'lacks'
+
+
+def test_other_losses_are_a_mistake(monkeypatch, capsys):
+  scripted(monkeypatch, STEPS.replace('5.5 - i', "5.5 + (job['who'] == 'torch')"))
+  monkeypatch.setattr(against, 'REST', 0.0)
+  drawn = {'platform': 'cpu', 'kind': 'cpu', 'shape': dataclasses.asdict(SHAPE)}
+  monkeypatch.setattr(against.Race, '_draw', lambda _: drawn)
+  with pytest.raises(Mistake, match='first losses: got torch-eager-f32 6.5.* wanted the same'):
+    against.main(options(contenders='ours-f32,torch-eager-f32'), [])
+  assert 'not the same to 1e-05 in float32' in capsys.readouterr().out
 
 
 # The work itself, in this process.

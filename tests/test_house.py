@@ -108,6 +108,7 @@ TESTS_OF_NO_MODULE = {
   'benchmarks': 'benchmarks/',
   'bucket': 'workdirs in a bucket',
   'curve': 'benchmarks/curve.py',
+  'gpu_results': 'benchmarks/gpu.sh and gpu_results.py',
   'house': 'the laws',
   'launch': 'the scripts of launch/',
   'recovery': 'what breaks while a run runs',
