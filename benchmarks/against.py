@@ -6,6 +6,7 @@ agree. On a GPU, whose memory each of them needs, one runs after another.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -88,10 +89,8 @@ class Worker:
     self._say(json.dumps(job))
 
   def _say(self, line):
-    try:
+    with contextlib.suppress(BrokenPipeError):  # that it ended is told where its answer is read
       print(line, file=self._process.stdin, flush=True)
-    except BrokenPipeError:
-      pass  # that it ended is told where its answer is read
 
   def answer(self) -> dict:
     """The next one. Raises Failed where there is none."""
@@ -99,12 +98,16 @@ class Worker:
     if not line:
       code = self._process.wait()
       kind = 'memory' if code == -9 else 'ended'  # who kills so is the kernel that lacks memory
-      last = self._log.read_text(errors='replace').strip().splitlines()[-1:]
-      raise Failed(kind, ': '.join([f'ended with code {code}', *last]))
+      raise Failed(kind, ': '.join([f'ended with code {code}', *self._last()[-1:]]))
     found = json.loads(line)
+    if found.get('failed') == 'error':
+      print(*self._last(), sep='\n', file=sys.stderr)
     if 'failed' in found:
       raise Failed(found['failed'], found['told'])
     return found
+
+  def _last(self):
+    return self._log.read_text(errors='replace').strip().splitlines()[-30:]
 
   def steps(self, count: int) -> dict:
     """Takes so many; seconds of each, their losses, peak_bytes so far."""
@@ -113,12 +116,14 @@ class Worker:
 
   def close(self) -> None:
     """Ends it, and returns when its memory is free."""
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # a line that it did not live to read
+      self._process.stdin.close()
     try:
       self._process.wait(20)
     except subprocess.TimeoutExpired:
       self._process.kill()
       self._process.wait()
+    self._process.stdout.close()
 
 
 class Race:

@@ -176,6 +176,13 @@ def test_what_is_short_of_memory_is_told_from_what_is_wrong():
   assert contender.told(contender.Lacks('x'))['failed'] == 'lacks'
 
 
+def test_each_library_is_alone_in_its_process(run_python):
+  program = 'import sys, benchmarks.contender as c\n{}print(*{{"jax", "torch"}} & {{*sys.modules}})'
+  started = "c.Torch({'platform': 'cpu'})\n"
+  assert run_python(program.format(''), timeout=100).stdout == '\n'
+  assert run_python(program.format(started), timeout=100).stdout == 'torch\n'
+
+
 def test_weights_come_back_from_their_file(tmp_path):
   params = {'embed': np.ones((3, 2)), 'blocks': {'attn': {'qkv': np.arange(4)}}}
   contender.save(tmp_path / 'params.npz', params)

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import sysconfig
 
+import jax
 import pytest
 
 from benchmarks import against, gpu_results
+from gptjax import flags
+from gptjax.config import resolve
 from tests import small
 from tests.conftest import ROOT
 
@@ -106,6 +109,11 @@ def test_a_dry_run_says_what_would_run():
   assert tests[:3] == ['timeout', '--kill-after=10', '120'] and tests[-1] == 'tests/test_kernels.py'
   assert {'--against=torch', '--size=350m', '--context=2048', '--batch=4', '--halve'} <= set(size)
   assert 'gptjax.prepare' in prepare and 'benchmarks.curve' in curve
+  words = [word for word in curve if word.startswith('--config')]
+  planned = resolve(flags.parse(['', *words]), jax.devices()[:1])
+  assert planned.ramp.steps_left() == 100 and planned.slices == 1
+  assert '--config.vocab_size=32768' in prepare  # as the model has
+  assert planned.program.shape.vocab_size == 32768 and planned.program.shape.context == 2048
   assert table == ['python', '-m', 'benchmarks.gpu_results', 'MADE', 'runs/gpu']
 
 
