@@ -18,7 +18,7 @@ import numpy as np
 
 from gptjax import ahead, flags, metrics, model, sharding, sizes
 from gptjax.config import resolve
-from gptjax.errors import told_plainly
+from gptjax.errors import mistake, told_plainly
 from gptjax.step import Program
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -123,6 +123,9 @@ def main() -> None:
   ahead.fix_order(a.deterministic)
   words = program_words(a)
   if a.against:
+    if not __package__:
+      got, fix = 'a script, which finds no other', 'python -m benchmarks.train_step --against=torch'
+      raise mistake('--against', got, 'the module', fix)
     from benchmarks import against  # which wants what the parts do not
 
     return against.main(a, words)

@@ -110,6 +110,16 @@ def test_contenders_are_known_and_there(monkeypatch):
       against.check_installed(names)
 
 
+@pytest.mark.parametrize('words, told', [
+  ('benchmarks/train_step.py --against=torch', 'error: --against: got a script'),
+  ('-m benchmarks.train_step --against=torch --contenders=mine', "--contenders: got mine"),
+  ('-m benchmarks.train_step --halve', '--halve and --json want --against=torch'),
+])  # fmt: skip
+def test_wrong_options_of_the_benchmark_are_told(run_python, words, told):
+  done = run_python(words.split(), timeout=100, code=2)
+  assert told in done.stderr and 'Traceback' not in done.stderr
+
+
 # Processes.
 
 
