@@ -106,6 +106,7 @@ ASKS_FOR_DEVICES = {
 TESTS_OF_NO_MODULE = {
   'against': 'benchmarks/against.py and contender.py',
   'benchmarks': 'benchmarks/',
+  'budget': 'what a compiled step costs',
   'bucket': 'workdirs in a bucket',
   'curve': 'benchmarks/curve.py',
   'gpu_results': 'benchmarks/gpu.sh and gpu_results.py',
