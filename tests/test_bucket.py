@@ -71,6 +71,7 @@ def tree(folder):
   return {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(
   bucket, straight, corpus, start_python, run_python, tmp_path, monkeypatch, capsys
 ):

@@ -64,6 +64,7 @@ def test_1f1b_is_the_model_without_a_pipeline(without, mesh):
     small.assert_close(found[rows], without[rows], rtol=1e-4, atol=1e-6)
 
 
+@SLOW
 def test_products_of_bf16_on_a_cpu_are_the_same_in_stages():
   how = {'dtype': jnp.dtype('bfloat16'), 'multiply': products.in_bf16}
   with on(1, 1, 1, 1):

@@ -39,8 +39,15 @@ def test_any_mesh_gives_the_same_loss_and_gradients(one_device, mesh):
   small.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('mesh', [(1, 1, 1), ALL])
-@pytest.mark.parametrize('remat', ['none', 'dots'])
+@pytest.mark.parametrize(
+  'remat, mesh',
+  [
+    ('dots', (1, 1, 1)),
+    ('none', ALL),
+    pytest.param('none', (1, 1, 1), marks=pytest.mark.slow),
+    pytest.param('dots', ALL, marks=pytest.mark.slow),
+  ],
+)
 def test_products_of_bf16_on_a_cpu_give_nearly_the_same(one_device, remat, mesh):
   _, (want, want_grads) = one_device
   bf16 = {'dtype': jnp.dtype('bfloat16'), 'multiply': products.in_bf16, 'remat': remat}
