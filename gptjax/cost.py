@@ -23,7 +23,7 @@ class Plan:
   compiled: jax.stages.Compiled
   compile_seconds: float
   memory: Memory
-  besides: Work  # of a step besides its slices
+  besides: Work  # of a step besides its slices; with a step of one slice at most, of all of it
   each: Work  # of each slice, or turn of a pipeline
 
   @property

@@ -52,10 +52,11 @@ class Decoder:
         shorter cache is read faster.
       dtype: to compute in; None: the program's own.
     """
-    program, self._params = to_read(program, params, dtype)
+    platform = jax.sharding.get_mesh().devices.flat[0].platform
+    program, self._params = to_read(program, params, platform, dtype)
     self.rows, self.context = rows, program.shape.context
     self.positions = min(self.context, positions or self.context)
-    shape, dtype, platform = program.shape, program.numerics.dtype, jax.devices()[0].platform
+    shape, dtype = program.shape, program.numerics.dtype
     self._chunk = min(CHUNK, self.context)
     # XLA's CPU backend writes to a ring of bf16 by making f32 of all of it.
     kept = jnp.float32 if platform == 'cpu' else dtype

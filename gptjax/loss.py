@@ -53,7 +53,6 @@ def cross_entropy(
   are computed in the forward pass, while a chunk's logits are there: computing logits twice, as
   rematerialisation would, costs a tenth of all FLOPs at 125m.
   """
-
   used_vd = e_vd.astype(dtype)
 
   def add(total_b, inputs):

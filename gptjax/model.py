@@ -45,7 +45,10 @@ def keep_all_but_weights(primitive, *_, **params) -> bool:
 
 
 def keep_products(primitive, *operands, **params) -> bool:
-  """A remat policy: products with weights are kept, summed over devices if they have to be."""
+  """A remat policy: products with weights are kept, summed over devices if they have to be.
+
+  And what they and the CPU's attention name, because it is dearer to make again than to keep.
+  """
   if primitive.name == 'reshard':
     return bool(operands[0].sharding.spec.unreduced)
   if primitive.name == 'name':

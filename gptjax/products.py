@@ -28,14 +28,14 @@ def plainly(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | N
 
 
 def in_bf16(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):
-  """For a CPU: bf16 by bf16 is f32, in the gradients too, and what lies between products is f32.
+  """For a CPU: bf16 by bf16 is f32, in the gradients too; x is f32, as all between products is.
 
   XLA's CPU backend makes bf16 of a product's result, and of what follows it, more slowly than it
   multiplies; and it has fast products of bf16 only where their result is f32 and the dim that is
   summed over is the first operand's last.
   """
   rows, weight, out = split(subscripts)
-  w = use(param, weight, x.dtype)
+  w = use(param, weight, x.dtype)  # in f32, as its gradient is
   of_x, of_w = _cotangent(x), _cotangent(w)
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -87,10 +87,9 @@ def _standing(x):
 
 
 def weight_first(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):
-  """For few rows, by a param from `to_read`; only forward.
+  """For few rows on a CPU, by a param from `summed_last`; only forward.
 
-  The first operand is the one that XLA's CPU backend takes as it lies in memory. Elsewhere the
-  order is all the same.
+  The first operand is the one that XLA's CPU backend takes as it lies in memory.
   """
   rows, weight, out = split(subscripts)
   summed = sum(dim in rows for dim in weight)
@@ -108,7 +107,8 @@ def weight_first(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: 
 def by_rows(subscripts: str, w: jax.Array, x: jax.Array, out_sharding: P | None = None):
   """The einsum of a weight in use with some rows, of which b is the first dim; in f32."""
   _, rows, out = split(subscripts)
-  # XLA's CPU backend multiplies bf16 by one row at a tenth of the rate at which it does by two.
+  # XLA's CPU backend multiplies bf16 by one row at a tenth of the rate at which it does by two;
+  # elsewhere a second row is lost in the time that the weight takes to be read.
   alone = x.dtype == jnp.bfloat16 and all(
     size == 1 for dim, size in zip(rows, x.shape, strict=True) if dim in out
   )
@@ -127,7 +127,17 @@ def split(subscripts: str) -> list[str]:
 SUMMED = {'qkv': 1, 'out': 2, 'up': 1, 'down': 1}
 
 
-def to_read(name: str, w: jax.Array) -> jax.Array:
+def summed_last(name: str, w: jax.Array) -> jax.Array:
   """A block's param as `weight_first` wants it: the dims that are summed over last."""
   count, dims = SUMMED.get(name, 0), range(w.ndim)
   return w.transpose(*dims[count:], *dims[:count])
+
+
+def as_it_is(name: str, w: jax.Array) -> jax.Array:
+  """A block's param as `plainly` wants it."""
+  return w
+
+
+def for_reading(platform: str) -> tuple[Multiply, Callable[[str, jax.Array], jax.Array]]:
+  """What multiplies a few rows best, and what lays a block's params for it."""
+  return (weight_first, summed_last) if platform == 'cpu' else (plainly, as_it_is)

@@ -8,7 +8,7 @@ from jax import lax
 
 GOOD, NOT_FINITE, LOSS_SPIKE, NORM_SPIKE = range(4)
 TOLD = {
-  NOT_FINITE: 'loss, gradient or update is not finite',
+  NOT_FINITE: 'loss or gradient is not finite',
   LOSS_SPIKE: 'spike of the loss',
   NORM_SPIKE: 'spike of the gradient',
 }
@@ -36,7 +36,8 @@ class Guard:
   def judge(self, health: dict, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
     """GOOD, or what is wrong with a step.
 
-    Where both are finite the update is too: its gradient is clipped, and an epsilon divides it.
+    The update is not asked for: of a gradient that is finite, clipped and divided by an epsilon it
+    is finite too, and to know the verdict before it spares a pass over all moments.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     judged = jnp.where(finite, GOOD, NOT_FINITE)

@@ -222,10 +222,11 @@ class Program:
     loss, grads = self.gradients(state['params'], token_gbl, start, rows)
     grad_norm = optax.tree.norm(grads)
     judged = self.guard.judge(state['health'], loss, grad_norm)
-    updates, moments = self.optimizer.update(
-      grads, state['moments'], state['params'], lr, grad_norm, judged == stability.GOOD
-    )
-    new = {'params': optax.apply_updates(state['params'], updates), 'moments': moments}
+    params, good = state['params'], judged == stability.GOOD
+    updates, moments = self.optimizer.update(grads, state['moments'], params, lr, grad_norm, good)
+    # Not only an update of 0: -0 and 0 are 0, and a CPU makes 0 of what is nearly 0.
+    params = stability.choose(good, optax.apply_updates(params, updates), params)
+    new = {'params': params, 'moments': moments}
     health = self.guard.after(state['health'], judged, start, loss, grad_norm)
     metrics = {
       'loss': loss,
@@ -258,26 +259,30 @@ class Program:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(sequence_b)
 
 
-def to_read(program: Program, params: dict, dtype: str | None = None) -> tuple[Program, dict]:
+def to_read(
+  program: Program, params: dict, platform: str, dtype: str | None = None
+) -> tuple[Program, dict]:
   """A program and its params for reading token by token, which `Program.read` is for.
 
-  Each block is apart, in the dtype of use, its matrices as `products.weight_first` wants them: a
+  Each block is apart, in the dtype of use, its matrices as `products.for_reading` wants them: a
   block cut out of [n, …] inside a program would be copied for every token, and cast again, and each
   takes as long as to multiply by it. Gives up the params array by array, so both are never there.
 
   Args:
     program: as the mesh that is set has it.
     params: of the state.
+    platform: of the mesh.
     dtype: to compute in; None: the program's own.
   """
   dtype = jnp.dtype(dtype or program.numerics.dtype)
-  how = {'dtype': dtype, 'between': dtype, 'multiply': products.weight_first}
+  multiply, lay = products.for_reading(platform)
+  how = {'dtype': dtype, 'between': dtype, 'multiply': multiply}
   numerics = dataclasses.replace(program.numerics, **how)
   leaves, tree = jax.tree_util.tree_flatten_with_path(params.pop('blocks'))
   apart = []
   while leaves:
     path, a = leaves.pop(0)
-    apart.append([products.to_read(path[-1].key, a[i].astype(dtype)) for i in range(len(a))])
+    apart.append([lay(path[-1].key, a[i].astype(dtype)) for i in range(len(a))])
   laid = {name: jax.tree.map(lambda a: a.astype(dtype), params.pop(name)) for name in [*params]}
   laid['blocks'] = tuple(jax.tree.unflatten(tree, block) for block in zip(*apart, strict=True))
   return dataclasses.replace(program, numerics=numerics), laid

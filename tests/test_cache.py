@@ -20,9 +20,9 @@ def shape_of(windows):
   return dataclasses.replace(small.SHAPE, windows=windows)
 
 
-def read(program, params, token_bt, parts, first_b, positions=T):
+def read(program, params, token_bt, parts, first_b, positions=T, platform='cpu'):
   """Logits after each part [b, v], with rows that begin in those columns."""
-  program, params = to_read(program, dict(params))
+  program, params = to_read(program, dict(params), platform)
   step = jax.jit(program.read)
   known = cache.empty(
     program.shape, jax.device_put(first_b, sharding.computed('b')), jnp.float32, positions
@@ -105,6 +105,15 @@ def test_any_mesh_reads_the_same(mesh):
       np.testing.assert_allclose(got, want[:, end - 1], rtol=1e-4, atol=1e-4)
 
 
+def test_as_other_machines_multiply_it_reads_the_same():
+  program = small.program()
+  with small.on(tensor=2):
+    params, none = loud(program), np.zeros(2, 'int32')
+    want = at_once(program, params)
+    for end, got in read(program, params, TOKENS, [8, 1, 1, 6], none, platform='gpu'):
+      np.testing.assert_allclose(got, want[:, end - 1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_keeps_no_more_than_its_window():
   program = small.program(shape_of((None, 5, 40)))
   with small.on():
@@ -136,7 +145,7 @@ def test_a_cache_of_fewer_positions_serves_rows_that_get_no_more():
 def test_rows_that_are_taken_go_on_as_they_were():
   program = small.program()
   with small.on():
-    program, params = to_read(program, loud(program))
+    program, params = to_read(program, loud(program), 'cpu')
     step = jax.jit(program.read)
     known = cache.empty(program.shape, jnp.array([0, 3]), jnp.float32, T)
     _, known = step(params, TOKENS[:, :8], known)

@@ -110,7 +110,7 @@ def test_with_the_weight_first_it_is_the_same(name, dtype, rows, mesh):
   summed = sum(dim in dims for dim in weight)
   with small.on(**mesh):
     x = jax.device_put(x, sharding.computed(dims))
-    laid = products.to_read(name, jax.device_put(w, sharding.stored(weight)))
+    laid = products.summed_last(name, jax.device_put(w, sharding.stored(weight)))
     assert laid.shape == (*w.shape[summed:], *w.shape[:summed])
     if out == 'bld':
       product = lambda x, w: sharding.scatter_positions(

@@ -52,7 +52,7 @@ def test_a_bad_step_is_left_out_and_told(poisoned, corpus, tmp_path, capsys):
   run(tmp_path, corpus)
   (skip,) = records(tmp_path, 'skip')
   assert np.isnan(skip.pop('loss'))
-  why = 'loss, gradient or update is not finite'
+  why = 'loss or gradient is not finite'
   clock = {'step': 6, 'sequences': 144, 'tokens': 144 * 32, 'start': 120}
   assert skip == {'kind': 'skip', 'why': why, 'streak': 1} | clock
   steps = records(tmp_path)
@@ -66,7 +66,7 @@ def test_a_streak_rolls_back_and_ends_as_if_never_seen(poisoned, corpus, tmp_pat
   poisoned.append((range(216, 288), 1.0, NAN))  # a checkpoint is made at 216, and one at 288
   run(tmp_path / 'run', corpus, stability__streak=3)
   told = capsys.readouterr().out
-  why = 'loss, gradient or update is not finite'
+  why = 'loss or gradient is not finite'
   assert f'rollback sequences 216 to 287 ({why}): sequences 216 to 287 ({why}) are left' in told
   assert 'skipped  sequences 216–287\n' in told and 'start    sequence 216, step 10' in told
   (rollback,) = skips.read(tmp_path / 'run')
