@@ -93,6 +93,7 @@ def program_words(a: argparse.Namespace) -> list[str]:
     'batch.ramp_tokens': 0.0,
     'compute.microbatch': a.batch // a.slices,
     'compute.remat': a.remat,
+    'compute.layers': a.program,
     'compute.loss_chunk': a.loss_chunk,
   }
   words = [f'--config.{name}={value}' for name, value in knobs.items()]
@@ -108,6 +109,9 @@ def main() -> None:
   parser.add_argument('--layers', type=int, default=0, help="0: the size's own")
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--remat', choices=model.REMAT, default='dots')
+  parser.add_argument(
+    '--program', choices=('auto', 'loop', 'apart'), default='auto', help='as config.compute.layers'
+  )
   parser.add_argument('--loss_chunk', type=int, default=512)
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--deterministic', action='store_true', help='as config.deterministic')

@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
   c.compute.dtype = 'auto'
   c.compute.attention = 'auto'
   c.compute.remat = 'none'
+  c.compute.layers = 'auto'
   c.compute.loss_chunk = 128
   c.compute.compiled = ''
   c.compute.cache = True

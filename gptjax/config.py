@@ -23,6 +23,7 @@ DTYPES = ('auto', 'float32', 'bfloat16')
 LAYERS = ('dense', 'banded')
 LEAST_EPS = 1e-37  # f32 has less, but not in products with it
 LARGEST = 2**20  # of a size: what is larger is a slip of the keyboard
+MOST_APART = 24  # layers that are compiled apart unasked: on a GPU 40 s, and in a loop 10
 # Every knob of a training config, by group: no other is taken, and none may be left out.
 KNOBS = {
   '': 'workdir hosts seed init_from deterministic train_tokens skip_sequences profile',
@@ -39,7 +40,7 @@ KNOBS = {
   'watchdog': 'seconds ends',
   'check': 'every_tokens',
   'mesh': 'data fsdp tensor stage slow_axes',
-  'compute': 'microbatch dtype attention remat loss_chunk compiled cache',
+  'compute': 'microbatch dtype attention remat layers loss_chunk compiled cache',
   'log': 'progress tensorboard wandb',
 }
 
@@ -90,6 +91,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     across = found.keep(sharding.cross, mesh, devices, config.mesh.slow_axes)
   dtype = found.keep(_dtype, config, devices[0].platform)
   remat = found.keep(_remat, config)
+  apart = found.keep(_apart, config, devices[0].platform)
   dropout = found.keep(_dropout, config)
   if None not in (shape, dtype, dropout):
     attention = config.compute.attention
@@ -126,7 +128,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
   return Run(
     program=Program(
       shape,
-      _numerics(devices[0].platform, dtype, attend, remat, dropout),
+      _numerics(devices[0].platform, dtype, attend, remat, apart, dropout),
       optimizer,
       chunk,
       config.seed,
@@ -207,6 +209,7 @@ def _workdir(workdir):
 def reopened(text: str) -> Program:
   """The program of a run's own config.json, on one device whatever it was trained on."""
   config = ConfigDict(json.loads(text))
+  config.compute.layers = 'loop'  # which older runs do not say
   check_knobs(config)
   config.mesh = ConfigDict(dict.fromkeys(sharding.AXES, 1) | {'slow_axes': 'auto'})
   config.compute.microbatch = 1
@@ -219,7 +222,7 @@ def untrained(shape: Shape) -> Program:
   devices = jax.devices()
   dtype = jnp.dtype('float32' if devices[0].platform == 'cpu' else 'bfloat16')
   attend = kernels.choose('chunked', devices, shape, dtype, 0.0)
-  numerics = _numerics(devices[0].platform, dtype, attend, 'none', 0.0)
+  numerics = _numerics(devices[0].platform, dtype, attend, 'none', False, 0.0)
   return Program(shape, numerics, AdamW(0.0, 0.0, 1.0, 0.0, 1.0), shape.context, 0, Guard(0.0, 2))
 
 
@@ -264,10 +267,12 @@ def _dtype(config, platform) -> jnp.dtype:
   return jnp.dtype(name)
 
 
-def _numerics(platform, dtype, attend, remat, dropout) -> Numerics:
+def _numerics(platform, dtype, attend, remat, apart, dropout) -> Numerics:
   if platform == 'cpu' and dtype == jnp.bfloat16:
-    return Numerics(dtype, jnp.dtype('float32'), attend, products.in_bf16, remat, dropout)
-  return Numerics(dtype, dtype, attend, products.plainly, remat, dropout)
+    multiply, between = products.in_bf16, jnp.dtype('float32')
+  else:
+    multiply, between = products.by_parts if platform == 'gpu' else products.plainly, dtype
+  return Numerics(dtype, between, attend, multiply, remat, apart, dropout)
 
 
 def _remat(config) -> str:
@@ -275,6 +280,15 @@ def _remat(config) -> str:
   if name not in REMAT:
     raise mistake('compute.remat', name, f'one of {tuple(REMAT)}', '--config.compute.remat=dots')
   return name
+
+
+def _apart(config, platform) -> bool:
+  name = config.compute.layers
+  if name not in ('auto', 'loop', 'apart'):
+    wanted = "one of ('auto', 'loop', 'apart')"
+    raise mistake('compute.layers', name, wanted, '--config.compute.layers=auto')
+  few = config.model.n_layers <= MOST_APART
+  return name == 'apart' or name == 'auto' and platform == 'gpu' and few
 
 
 def _dropout(config) -> float:

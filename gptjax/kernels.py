@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 from jax import P
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gptjax import attention
@@ -142,7 +143,7 @@ def _on_each_device(attend, q_blhk, k_bshk, v_bshk):
   # `vmap` over an axis of the mesh, as a pipeline has it, meets nothing but `_by_device`.
   run = jax.custom_vjp(lambda *qkv: _by_device(attend, qkv))
   run.defvjp(
-    lambda *qkv: _by_device(forward, qkv, keeps=True),
+    lambda *qkv: checkpoint_name(_by_device(forward, qkv, keeps=True), attention.ATTENDED),
     lambda kept, do_blhk: _by_device(backward, (do_blhk,), *kept),
   )
   return run(q_blhk, k_bshk, v_bshk)

@@ -112,9 +112,36 @@ def _nll(x_bld, label_bl, e_vd, vocab_size):
   """Negative log-likelihood [b, l] and its gradient with respect to the logits [b, l, v]."""
   logit_blv = logits(x_bld, e_vd, vocab_size)
   hit_blv = _ids(logit_blv) == label_bl[..., None]
-  lse_bl = jax.nn.logsumexp(logit_blv, -1)
-  gold_bl = jnp.where(hit_blv, logit_blv, 0).sum(-1)
+  lse_bl, gold_bl = lax.platform_dependent(
+    logit_blv, hit_blv, default=_in_two_passes, cuda=_in_one_pass
+  )
   return lse_bl - gold_bl, jnp.exp(logit_blv - lse_bl[..., None]) - hit_blv
+
+
+def _in_two_passes(logit_blv, hit_blv):
+  """The log-sum-exp [b, l] of logits, and the one that is hit."""
+  return jax.nn.logsumexp(logit_blv, -1), jnp.where(hit_blv, logit_blv, 0).sum(-1)
+
+
+def _in_one_pass(logit_blv, hit_blv):
+  """The same, reading logits once: on a GPU they are read from memory each time.
+
+  Maxima and sums of what was seen are joined pair by pair (Milakov and Gimelshein 2018, "Online
+  normalizer calculation for softmax").
+  """
+  if jax.typeof(logit_blv).sharding.spec[2] is not None:
+    return _in_two_passes(logit_blv, hit_blv)  # JAX reduces no pair over a split dim
+  least = jnp.finfo(logit_blv.dtype).min  # and not -inf, of which two have no difference
+
+  def join(a, b):
+    top = jnp.maximum(a[0], b[0])
+    return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
+
+  pairs = jnp.maximum(logit_blv, least), jnp.ones_like(logit_blv)
+  top_bl, sum_bl = lax.reduce(pairs, (least, jnp.zeros_like(least)), join, (2,))
+  gold_bl = jnp.where(hit_blv, logit_blv, 0).sum(-1)
+  # A barrier: XLA would take gold's sum together with the gradient, which is then half as fast.
+  return lax.optimization_barrier((top_bl + jnp.log(sum_bl), gold_bl))
 
 
 def _ids(logit_blv):

@@ -26,6 +26,7 @@ from gptjax.sharding import (
   residual,
   scatter_positions,
   split_leading,
+  spread,
   stored,
   use,
   use_rows,
@@ -85,6 +86,7 @@ class Numerics:
   attend: Callable  # (q_blhk, k_bshk, v_bshk, window, *, dropout, key_b) -> o_blhk
   multiply: Multiply
   remat: str  # a name in REMAT
+  apart: bool  # each layer is compiled on its own, and not one for all in a loop
   dropout: float
 
 
@@ -123,15 +125,17 @@ class Attention(nnx.Module):
     dtype = x_btd.dtype
     x_bld = gather_positions(x_btd)
     qkv_blchk = numerics.multiply('bld,dchk->blchk', x_bld, self.qkv)
+    # Split, and not indexed: then XLA's GPU backend copies nothing, either way.
+    qkv = jnp.split(qkv_blchk, 3, 2)
     if self.qkv_bias is not None:
-      qkv_blchk += use_rows(self.qkv_bias, 'chk', dtype, 'b', B)[:, None]
-    qkv_cblhk = jnp.moveaxis(qkv_blchk, 2, 0)
+      bias_blchk = use_rows(self.qkv_bias, 'chk', dtype, 'bl', B, L)
+      qkv = map(jnp.add, qkv, jnp.split(bias_blchk, 3, 2))
     if past is None:
       dropout = 0.0 if key_b is None else numerics.dropout
-      qkv_cblhk = qkv_cblhk.astype(numerics.dtype)
-      o_blhk = numerics.attend(*qkv_cblhk, window, dropout=dropout, key_b=key_b).astype(dtype)
+      qkv = (a.squeeze(2).astype(numerics.dtype) for a in qkv)
+      o_blhk = numerics.attend(*qkv, window, dropout=dropout, key_b=key_b).astype(dtype)
     else:
-      o_blhk, past = past.attend(*qkv_cblhk, window)
+      o_blhk, past = past.attend(*(a.squeeze(2) for a in qkv), window)
     o_btd = scatter_positions(numerics.multiply, 'blhk,hkd->bld', o_blhk, self.out)
     return o_btd + use_rows(self.out_bias, 'd', dtype, residual(L), B, L), past
 
@@ -151,8 +155,13 @@ class Mlp(nnx.Module):
     B, L, _ = x_btd.shape
     dtype = x_btd.dtype
     h_blf = multiply('bld,df->blf', gather_positions(x_btd), self.up)
-    bias_bf = use_rows(self.up_bias, 'f', dtype, 'b', B)
-    h_blf = jax.nn.gelu(h_blf + bias_bf[:, None], approximate=True)
+    bias_f = use(self.up_bias, 'f', dtype, 'bl')
+
+    def gelu(h_blf, bias_f):
+      return jax.nn.gelu(h_blf + spread(bias_f, 'f', 'bl', B, L), approximate=True)
+
+    # Whatever is kept: to read its derivative from memory takes longer than to compute it.
+    h_blf = jax.checkpoint(gelu)(h_blf, bias_f)
     x_btd = scatter_positions(multiply, 'blf,fd->bld', h_blf, self.down)
     return x_btd + use_rows(self.down_bias, 'd', dtype, residual(L), B, L)
 
@@ -293,7 +302,8 @@ def run_blocks(blocks, x_btd, windows, numerics, key_b, first=0):
   if whole:
     periods = jax.tree.map(lambda a: split_leading(a[:whole], p), blocks)
     step = lambda x_btd, xs: (run(x_btd, *xs, p), None)
-    x_btd, _ = lax.scan(step, x_btd, (periods, first + jnp.arange(0, whole, p)))
+    xs = periods, first + jnp.arange(0, whole, p)
+    x_btd, _ = lax.scan(step, x_btd, xs, unroll=numerics.apart)
   if whole < N:
     x_btd = run(x_btd, jax.tree.map(lambda a: a[whole:], blocks), first + whole, N - whole)
   return x_btd

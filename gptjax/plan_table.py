@@ -37,7 +37,8 @@ def _head(plan: Plan) -> Iterator[str]:
   yield f'{machine.topology}: {len(machine.devices)} × {machine.chip.kind}; {mesh}'
   yield (
     f'{run.program.shape.n_params:,} parameters; {run.slices} slices of {run.microbatch} '
-    f'sequences; {numerics.dtype.name}, remat {numerics.remat}, attention '
+    f'sequences; {numerics.dtype.name}, remat {numerics.remat}, layers '
+    f'{"apart" if numerics.apart else "in a loop"}, attention '
     f'{numerics.attend.__name__}; compiled in {plan.compile_seconds:.0f} s'
   )
   order = [device.id for device in plan.mesh.devices.flat]

@@ -27,6 +27,16 @@ def plainly(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | N
   return jnp.einsum(subscripts, x, use(param, weight, x.dtype), out_sharding=out_sharding)
 
 
+def by_parts(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):
+  """For a GPU: q, k and v by a product each, because cuDNN wants each of them on its own."""
+  if 'c' not in subscripts:
+    return plainly(subscripts, x, param, out_sharding)
+  _, weight, out = split(subscripts)
+  at, of_w = weight.index('c'), out.index('c')
+  parts = jnp.split(use(param, weight, x.dtype), param.shape[at], at)
+  return jnp.concatenate([jnp.einsum(subscripts, x, w) for w in parts], of_w)
+
+
 def in_bf16(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):
   """For a CPU: bf16 by bf16 is f32, in the gradients too; x is f32, as all between products is.
 

@@ -257,29 +257,36 @@ def use(param: nnx.Param, dims: str, dtype: jnp.dtype, rows: str = 'b') -> jax.A
 
 
 def use_rows(param: nnx.Param, dims: str, dtype: jnp.dtype, rows: str, *shape: int) -> jax.Array:
-  """A parameter for elementwise use on rows of a shape: [*rows, *dims]; XLA makes no array of it.
+  """A parameter for elementwise use on rows of a shape: [*rows, *dims]."""
+  return spread(use(param, dims, dtype, rows), dims, rows, *shape)
+
+
+def spread(w: jax.Array, dims: str, rows: str, *shape: int) -> jax.Array:
+  """A parameter in use, spread over rows of a shape: [*rows, *dims]; XLA makes no array of it.
 
   A dim that is among both is its own, so that row l meets w[l].
 
   Explicit sharding lets a `reduced` array into products only, since there it knows how to leave
-  the gradient unreduced; so a bias is spread over the rows by an outer product with ones.
+  the gradient unreduced; so a bias is spread over the rows by an outer product with ones. Its
+  gradient is a plain sum, in f32: a product with ones XLA's GPU backend would join with others,
+  and copy all their operands into one.
   """
-  ones = lambda: jnp.ones(shape, dtype, out_sharding=computed(rows))
   every = rows + ''.join(dim for dim in dims if dim not in rows)
   out, own_sum = computed(every), P(*computed(dims).partitions, unreduced=_axes(rows))
+  summed = tuple(i for i, dim in enumerate(every) if dim not in dims)
 
   def spread(w):
-    return jnp.einsum(f'{rows},{dims}->{every}', ones(), w, out_sharding=out)
+    ones = jnp.ones(shape, w.dtype, out_sharding=computed(rows))
+    return jnp.einsum(f'{rows},{dims}->{every}', ones, w, out_sharding=out)
 
   def backward(_, dy):
-    # Shardy aborts if it finds the gradient gathered for another use. Ones come first: with them
-    # last, as JAX would have it, XLA's CPU backend transposes the gradient.
-    dy = reshard(dy, out)
-    return (jnp.einsum(f'{rows},{every}->{dims}', ones(), dy, out_sharding=own_sum),)
+    # Shardy aborts if it finds the gradient gathered for another use.
+    dy_f32 = reshard(dy, out).astype(jnp.float32)
+    return (lax.reduce_sum(dy_f32, summed, out_sharding=own_sum).astype(dy.dtype),)
 
   spreading = jax.custom_vjp(spread)
   spreading.defvjp(lambda w: (spread(w), None), backward)
-  return spreading(use(param, dims, dtype, rows))
+  return spreading(w)
 
 
 def residual(positions: int) -> str:

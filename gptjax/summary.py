@@ -40,7 +40,9 @@ def describe(
     + ', '.join(filter(None, (mesh.devices.flat[0].device_kind, hosts.described()))),
     **links(run, [device.id for device in mesh.devices.flat]),
     'compute': f'{numerics.dtype.name}, remat {numerics.remat}, '
-    f'attention {numerics.attend.__name__}' + ', compiled ahead' * bool(run.compiled),
+    f'layers {"apart" if numerics.apart else "in a loop"}, attention {numerics.attend.__name__}'
+    + ', compiled ahead'
+    * bool(run.compiled),
   }
   if (stages := run.mesh['stage']) > 1:
     idle = 2 * (stages - 1)

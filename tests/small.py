@@ -21,7 +21,7 @@ from gptjax.step import Program
 # the vocabulary is padded.
 SHAPE = Shape(3, 32, 4, 6, 64, 16, 250, (None, 5))
 F32 = jnp.dtype('float32')
-NUMERICS = Numerics(F32, F32, attention.reference, products.plainly, 'none', 0.0)
+NUMERICS = Numerics(F32, F32, attention.reference, products.plainly, 'none', False, 0.0)
 ADAMW = AdamW(0.9, 0.95, 1e-8, 0.1, 1.0)
 GUARD = Guard(10.0, 16)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]

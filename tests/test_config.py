@@ -139,6 +139,7 @@ def test_a_run_is_what_the_knobs_say():
     compute__microbatch=2,
     compute__loss_chunk=7,
     compute__remat='dots',
+    compute__layers='apart',
     compute__dtype='bfloat16',
     eval__every_tokens=2560.0,
     eval__sequences=11,
@@ -160,6 +161,7 @@ def test_a_run_is_what_the_knobs_say():
   assert program.shape == sizes.Shape(4, 128, 4, 32, 512, 256, 4096, (9, None, 9))
   assert (program.loss_chunk, program.seed) == (7, 7)
   assert (numerics.remat, numerics.dtype, numerics.dropout) == ('dots', jax.numpy.bfloat16, 0.2)
+  assert numerics.apart
   assert run.ramp == schedule.Ramp.linear(16, 64, 24, 100, 200)
   assert run.mesh == {'stage': 1, 'data': 4, 'fsdp': 2, 'tensor': 1}
   assert (run.microbatch, run.slices) == (16, 4)
@@ -185,6 +187,7 @@ def test_a_run_is_what_the_knobs_say():
     ({'batch__ramp_from': 99}, 'batch: got from 99'),
     ({'compute__dtype': 'float16'}, "compute.dtype: got float16, wanted one of .'auto'"),
     ({'compute__remat': 'some'}, 'compute.remat: got some'),
+    ({'compute__layers': 'some'}, 'compute.layers: got some'),
     ({'compute__attention': 'fast'}, 'fast'),
     ({'compute__loss_chunk': 0}, 'loss_chunk: got 0'),
     ({'model__pattern': ('dense', 'sparse')}, 'model.pattern'),

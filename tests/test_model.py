@@ -161,11 +161,27 @@ def test_each_policy_is_another_program_and_all_but_none_gather_again():
     {remat: text.count(word) for remat, text in texts.items()}
     for word in ('dot_general', 'stablehlo.tanh', 'sdy.sharding_constraint')
   )
-  # The scales of norms are spread over rows again, and no other product is made twice.
-  spread = 2 * small.SHAPE.n_layers
-  assert products['none'] + spread == products['weights'] < products['dots'] < products['full']
-  assert tanhs['none'] == tanhs['weights'] < tanhs['dots'] == tanhs['full']
+  # Spread over rows again are the bias inside of GELU under `none`, and the scales of norms under
+  # `weights`. No other product is made twice.
+  n = small.SHAPE.n_layers
+  assert products['none'] - n + 2 * n == products['weights'] < products['dots'] < products['full']
+  assert tanhs == {'none': 2 * n, 'weights': n, 'dots': 3 * n, 'full': 3 * n}
   assert layouts['none'] < min(layouts[remat] for remat in REMAT if remat != 'none')
+
+
+@pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 2, 2)])
+def test_layers_apart_are_layers_in_a_loop(mesh):
+  shape = dataclasses.replace(small.SHAPE, n_layers=5)  # two periods, and a layer left over
+  results, loops = [], []
+  for apart in (False, True):
+    program = small.program(shape, remat='dots', apart=apart)
+    with small.on(*mesh):
+      args = small.init(program)['params'], small.put(small.rows(1, 8)), 0, jnp.int32(8)
+      lowered = jax.jit(program.gradients).lower(*args)
+      loops.append(lowered.as_text().count('stablehlo.while'))
+      results.append(jax.device_get(lowered.compile()(*args)))
+  small.assert_close(*results)
+  assert loops[1] == loops[0] - 2  # forward and back
 
 
 def test_no_policy_but_none_keeps_gathered_weights():

@@ -49,14 +49,16 @@ def on_mesh(multiply, subscripts, x, w):
 
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
 @pytest.mark.parametrize('subscripts', OF_A_BLOCK.values())
-@pytest.mark.parametrize('multiply', [products.plainly, products.in_bf16], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+  'multiply', [products.plainly, products.by_parts, products.in_bf16], ids=lambda m: m.__name__
+)
 def test_a_product_is_an_einsum_and_so_are_its_gradients(multiply, subscripts, mesh):
   x, w = operands(subscripts)
   rows, weight, out = products.split(subscripts)
   if multiply is products.in_bf16:  # of which only the operands are bf16
     x, w = rounded(x), rounded(w)
   want = np.einsum(subscripts, x, w)
-  dy = 2 * want if multiply is products.plainly else rounded(2 * want)
+  dy = rounded(2 * want) if multiply is products.in_bf16 else 2 * want
   with small.on(**mesh):
     got, dx, dw = on_mesh(multiply, subscripts, x, w)
   assert got.dtype == np.float32

@@ -82,6 +82,30 @@ def test_gradients_are_reduced_in_f32_whatever_they_were_computed_in(used, dims,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('dims, rows', [('f', 'bl'), ('chk', 'bl'), ('d', 'bt'), ('ld', 'bl')])
+@pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 2, 2)])
+def test_a_bias_is_spread_over_rows_and_its_gradient_summed_in_f32(mesh, dims, rows):
+  """A bf16 sum of thousands of terms of one sign stops growing at a few hundred."""
+  B, L = 1024, 8
+  size = {'b': B, 'l': L, 't': L, 'd': 8, 'f': 16, 'c': 3, 'h': 2, 'k': 4}
+  every = rows + ''.join(dim for dim in dims if dim not in rows)
+  random = np.random.default_rng(0)
+  w = random.normal(size=[size[d] for d in dims]).astype('f')
+  dy = np.asarray(random.random([size[d] for d in every]), jnp.bfloat16)
+  with small.on(*mesh):
+    laid = jax.device_put(w, sharding.stored(dims))
+    dy_there = jax.device_put(dy, sharding.computed(every))
+    used = lambda w: sharding.use_rows(nnx.Param(w), dims, jnp.bfloat16, rows, B, L)
+    y, pull = jax.vjp(jax.jit(used), laid)
+    (dw,) = pull(dy_there)
+  np.testing.assert_array_equal(
+    np.float32(y),
+    np.einsum(f'{rows},{dims}->{every}', np.ones((B, L)), np.float32(jnp.bfloat16(w))),
+  )
+  want = np.einsum(f'{every}->{dims}', np.float64(dy))
+  np.testing.assert_allclose(dw, want, rtol=2**-7)  # rounded on each device, and then added
+
+
 def test_sequence_parallelism_changes_where_the_residual_lies_and_nothing_else(monkeypatch):
   """With the row of the table and without: equal gradients, and a quarter of each residual kept."""
   shape = dataclasses.replace(small.SHAPE, n_layers=8, context=64)
