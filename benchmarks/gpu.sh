@@ -7,7 +7,7 @@
 # Parts, in the order that --parts gives them:
 #   tests      pytest -m gpu: the kernels of the GPU are the reference
 #   125m …     a size of configs/gpt3.py at context 2048, bf16: tokens/s, MFU and memory of ours
-#              (cuDNN's attention) and PyTorch's (compiled, SDPA, fused AdamW, autocast), each with
+#              (no remat, cuDNN's attention) and PyTorch's (compiled, SDPA, fused AdamW, autocast), with
 #              as many rows as fit: those of --batch, or half of them, or half of these
 #   attention  a dense and a banded layer from 1024 tokens up
 #   curve      100 steps of 125m on real text, both from the same weights; the text is the standard
@@ -29,7 +29,7 @@ mistake() {
 }
 
 dry='' out=runs/gpu seconds=590 contenders='' batch='' corpus=data/stdlib-2048
-parts=tests,125m,350m,attention,curve,760m,xl-16h
+parts=tests,125m,attention,curve,xl-16h,760m,350m
 for word in "$@"; do
   case $word in
     --dry-run) dry=1 ;;
@@ -75,7 +75,7 @@ rows() {
 choose() {
   case $1 in
     tests)
-      command=(env XLA_PYTHON_CLIENT_PREALLOCATE=false "$PYTHON" -m pytest -m gpu -n 4 "${tested[@]}")
+      command=(env XLA_PYTHON_CLIENT_PREALLOCATE=false "$PYTHON" -m pytest -m gpu -n 8 "${tested[@]}")
       ;;
     attention)
       command=("$PYTHON" -m benchmarks.attention --rows=4 --json="$made/attention.json")
@@ -91,7 +91,7 @@ choose() {
       ;;
     *)
       command=("$PYTHON" -m benchmarks.train_step --against=torch --size="$1" --context=2048
-        --batch="${batch:-$(rows "$1")}" --halve --contenders="$contenders"
+        --remat=none --batch="${batch:-$(rows "$1")}" --halve --contenders="$contenders"
         --json="$made/$1.json")
       ;;
   esac
