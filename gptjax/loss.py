@@ -14,7 +14,12 @@ from gptjax.products import by_rows
 def logits(x_bld: jax.Array, e_vd: jax.Array, vocab_size: int) -> jax.Array:
   """Logits [b, l, v] in f32; rows of the padding are -inf, so they are never predicted."""
   logit_blv = jnp.einsum('bld,vd->blv', x_bld, e_vd, preferred_element_type=jnp.float32)
-  return jnp.where(_ids(logit_blv) < vocab_size, logit_blv, -jnp.inf)
+  hidden = lambda logit_blv: jnp.where(_ids(logit_blv) < vocab_size, logit_blv, -jnp.inf)
+  if _splits(logit_blv, 2):
+    return hidden(logit_blv)
+  # In place, since XLA's CPU backend makes a pass over all logits of a `where`.
+  in_place = lambda logit_blv: logit_blv.at[..., vocab_size:].set(-jnp.inf)
+  return lax.platform_dependent(logit_blv, default=hidden, cpu=in_place)
 
 
 def next_logits(x_bd: jax.Array, e_vd: jax.Array, vocab_size: int) -> jax.Array:
@@ -111,26 +116,34 @@ cross_entropy.defvjp(_forward, _backward)
 def _nll(x_bld, label_bl, e_vd, vocab_size):
   """Negative log-likelihood [b, l] and its gradient with respect to the logits [b, l, v]."""
   logit_blv = logits(x_bld, e_vd, vocab_size)
-  hit_blv = _ids(logit_blv) == label_bl[..., None]
   lse_bl, gold_bl = lax.platform_dependent(
-    logit_blv, hit_blv, default=_in_two_passes, cuda=_in_one_pass
+    logit_blv, label_bl, default=_by_sums, cpu=_by_place, cuda=_in_one_pass
   )
-  return lse_bl - gold_bl, jnp.exp(logit_blv - lse_bl[..., None]) - hit_blv
+  return lse_bl - gold_bl, jnp.exp(logit_blv - lse_bl[..., None]) - _hits(logit_blv, label_bl)
 
 
-def _in_two_passes(logit_blv, hit_blv):
-  """The log-sum-exp [b, l] of logits, and the one that is hit."""
-  return jax.nn.logsumexp(logit_blv, -1), jnp.where(hit_blv, logit_blv, 0).sum(-1)
+def _by_sums(logit_blv, label_bl):
+  """The log-sum-exp [b, l] of logits, and the one of the label."""
+  gold_blv = jnp.where(_hits(logit_blv, label_bl), logit_blv, 0)
+  return jax.nn.logsumexp(logit_blv, -1), gold_blv.sum(-1)
 
 
-def _in_one_pass(logit_blv, hit_blv):
+def _by_place(logit_blv, label_bl):
+  """The same for a CPU, which takes a logit faster than it finds it among zeros."""
+  if any(_splits(logit_blv, dim) for dim in range(3)):
+    return _by_sums(logit_blv, label_bl)
+  gold_bl1 = jnp.take_along_axis(logit_blv, label_bl[..., None], -1)
+  return jax.nn.logsumexp(logit_blv, -1), gold_bl1[..., 0]
+
+
+def _in_one_pass(logit_blv, label_bl):
   """The same, reading logits once: on a GPU they are read from memory each time.
 
   Maxima and sums of what was seen are joined pair by pair (Milakov and Gimelshein 2018, "Online
   normalizer calculation for softmax").
   """
-  if jax.typeof(logit_blv).sharding.spec[2] is not None:
-    return _in_two_passes(logit_blv, hit_blv)  # JAX reduces no pair over a split dim
+  if _splits(logit_blv, 2):
+    return _by_sums(logit_blv, label_bl)  # JAX reduces no pair over a split dim
   least = jnp.finfo(logit_blv.dtype).min  # and not -inf, of which two have no difference
 
   def join(a, b):
@@ -139,9 +152,18 @@ def _in_one_pass(logit_blv, hit_blv):
 
   pairs = jnp.maximum(logit_blv, least), jnp.ones_like(logit_blv)
   top_bl, sum_bl = lax.reduce(pairs, (least, jnp.zeros_like(least)), join, (2,))
-  gold_bl = jnp.where(hit_blv, logit_blv, 0).sum(-1)
+  gold_bl = jnp.where(_hits(logit_blv, label_bl), logit_blv, 0).sum(-1)
   # A barrier: XLA would take gold's sum together with the gradient, which is then half as fast.
   return lax.optimization_barrier((top_bl + jnp.log(sum_bl), gold_bl))
+
+
+def _splits(a, dim):
+  """Whether a dim is split over devices."""
+  return jax.typeof(a).sharding.spec[dim] is not None
+
+
+def _hits(logit_blv, label_bl):
+  return _ids(logit_blv) == label_bl[..., None]
 
 
 def _ids(logit_blv):
@@ -152,7 +174,8 @@ def _ids(logit_blv):
 def _over_chunks(add, carry, arrays, chunk):
   """Scans `add` over whole chunks of positions, then over the rest; joins what it yields."""
   L = arrays[0].shape[1]
-  chunk = min(chunk, L)
+  if L <= chunk:
+    return add(carry, arrays)  # and XLA then adds to no zeros
   whole = L // chunk * chunk
 
   def at(carry, i):
