@@ -33,30 +33,33 @@ class AdamW:
     lr: jax.Array,
     norm: jax.Array,
     take: jax.Array | bool = True,
+    tokens: jax.Array | float = 1.0,
   ) -> tuple[dict, dict]:
     """The change of the params at learning rate `lr`, and the moments after it.
 
     Args:
-      grads: of the params.
+      grads: of the params, each a sum over `tokens`.
       moments: from `init` or the update before.
       params: which of them decay is told by their names.
       lr: the learning rate.
-      norm: the global norm of grads.
+      norm: the global norm of the mean gradients.
       take: if False nothing changes, whatever the grads are.
+      tokens: to divide grads by them before costs a pass over all of them.
     """
-    scale = 1 / jnp.maximum(1, norm / self.clip_norm)
+    scale = 1 / (tokens * jnp.maximum(1, norm / self.clip_norm))
     count = moments['count'] + 1
     unbias = 1 - self.b1**count, 1 - self.b2**count
 
-    def average(decay, power):
-      step = lambda old, g: jnp.where(take, decay * old + (1 - decay) * (g * scale) ** power, old)
-      return lambda old: jax.tree.map(step, old, grads)
+    def average(decay, old, new):
+      return jnp.where(take, decay * old + (1 - decay) * new, old)
 
     def change(mu, nu, w, decays):
       adam = mu / unbias[0] / (jnp.sqrt(nu / unbias[1]) + self.eps)
       return jnp.where(take, -lr * (adam + self.weight_decay * w if decays else adam), 0)
 
-    mu, nu = average(self.b1, 1)(moments['mu']), average(self.b2, 2)(moments['nu'])
+    first = lambda mu, g: average(self.b1, mu, g * scale)
+    second = lambda nu, g: average(self.b2, nu, jnp.square(g * scale))
+    mu, nu = jax.tree.map(first, moments['mu'], grads), jax.tree.map(second, moments['nu'], grads)
     updates = jax.tree.map(change, mu, nu, params, decays(params))
     return updates, {'mu': mu, 'nu': nu, 'count': jnp.where(take, count, moments['count'])}
 

@@ -154,11 +154,14 @@ class Program:
       rows: how many rows count; later ones weigh 0. It is traced, as is the number of slices that
         it takes, so a batch ramp compiles once.
     """
-    batch = Batch(token_gbl, start, rows)
-    summed = self._through_stages if sharding.stages() > 1 else self._slice_by_slice
-    total, grads = summed(params, batch)
-    tokens = (rows * (token_gbl.shape[2] - 1)).astype(jnp.float32)
+    total, grads, tokens = self.sums(params, Batch(token_gbl, start, rows))
     return total / tokens, jax.tree.map(lambda g: g / tokens, grads)
+
+  def sums(self, params: dict, batch: Batch) -> tuple[jax.Array, dict, jax.Array]:
+    """The loss in nats and its gradient in f32, summed over the tokens that count; their count."""
+    summed = self._through_stages if sharding.stages() > 1 else self._slice_by_slice
+    tokens = batch.rows * (batch.token_gbl.shape[2] - 1)
+    return *summed(params, batch), tokens.astype(jnp.float32)
 
   def _slice_by_slice(self, params, batch):
     """The loss summed over tokens, and its gradient."""
@@ -219,11 +222,14 @@ class Program:
       of the gradient (before its clip), of the update and of the new parameters; and as int32
       what the guard judged, how many bad steps there were in a row, and where the first began.
     """
-    loss, grads = self.gradients(state['params'], token_gbl, start, rows)
-    grad_norm = optax.tree.norm(grads)
+    params = state['params']
+    total, grads, tokens = self.sums(params, Batch(token_gbl, start, rows))
+    loss, grad_norm = total / tokens, optax.tree.norm(grads) / tokens
     judged = self.guard.judge(state['health'], loss, grad_norm)
-    params, good = state['params'], judged == stability.GOOD
-    updates, moments = self.optimizer.update(grads, state['moments'], params, lr, grad_norm, good)
+    good = judged == stability.GOOD
+    updates, moments = self.optimizer.update(
+      grads, state['moments'], params, lr, grad_norm, good, tokens
+    )
     # Not only an update of 0: -0 and 0 are 0, and a CPU makes 0 of what is nearly 0.
     params = stability.choose(good, optax.apply_updates(params, updates), params)
     new = {'params': params, 'moments': moments}

@@ -226,18 +226,18 @@ def poisoned(monkeypatch) -> list[tuple[range, float, float]]:
 
   from gptjax.step import Program
 
-  real, plan = Program.gradients, []
+  real, plan = Program.sums, []
 
-  def gradients(self, params, token_gbl, start, rows):
-    loss, grads = real(self, params, token_gbl, start, rows)
+  def sums(self, params, batch):
+    loss, grads, tokens = real(self, params, batch)
     for where, on_loss, on_grads in plan:
-      here = (start >= where.start) & (start < where.stop)
+      here = (batch.start >= where.start) & (batch.start < where.stop)
       loss = loss * jnp.where(here, on_loss, 1.0)
       factor = jnp.where(here, on_grads, 1.0)
       grads = jax.tree.map(functools.partial(jnp.multiply, factor), grads)
-    return loss, grads
+    return loss, grads, tokens
 
-  monkeypatch.setattr(Program, 'gradients', gradients)
+  monkeypatch.setattr(Program, 'sums', sums)
   return plan
 
 

@@ -35,7 +35,8 @@ def test_update_is_adamw_with_clip_and_decay_of_matrices():
   assert int(moments['count']) == 3
 
 
-def test_update_is_that_of_optax():
+@pytest.mark.parametrize('tokens', [1.0, 4096.0])
+def test_update_is_that_of_optax(tokens):
   random = np.random.default_rng(0)
   draw = lambda scale: {
     name: jnp.asarray(scale * random.normal(size=(5, 3)), 'float32') for name in ('up', 'up_bias')
@@ -50,7 +51,8 @@ def test_update_is_that_of_optax():
     grads = draw(scale)
     want, state = theirs.update(grads, state, params)
     norm = optax.tree.norm(grads)
-    updates, moments = ADAMW.update(grads, moments, params, np.float32(0.01), norm)
+    sums = jax.tree.map(lambda g: tokens * g, grads)
+    updates, moments = ADAMW.update(sums, moments, params, 0.01, norm, tokens=tokens)
     for name in params:
       np.testing.assert_allclose(updates[name], want[name], rtol=1e-5, atol=1e-9)
     params = optax.apply_updates(params, updates)
