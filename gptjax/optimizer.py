@@ -54,8 +54,11 @@ class AdamW:
       return jnp.where(take, decay * old + (1 - decay) * new, old)
 
     def change(mu, nu, w, decays):
-      adam = mu / unbias[0] / (jnp.sqrt(nu / unbias[1]) + self.eps)
-      return jnp.where(take, -lr * (adam + self.weight_decay * w if decays else adam), 0)
+      root = jnp.sqrt(nu / unbias[1]) + self.eps
+      # Divided by last of all: what ends in a division XLA's CPU backend computes once, and anything
+      # else anew for each use, for which it first copies the params.
+      push = mu / unbias[0] + (self.weight_decay * w * root if decays else 0)
+      return jnp.where(take, -lr * push / root, 0)
 
     first = lambda mu, g: average(self.b1, mu, g * scale)
     second = lambda nu, g: average(self.b2, nu, jnp.square(g * scale))
