@@ -1,10 +1,12 @@
 """What was saved comes back on any mesh; what a resume may change, and what it may not."""
 
+import dataclasses
 import shutil
 import threading
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from gptjax import checkpoint, integrity
@@ -41,6 +43,30 @@ def test_params_are_restored_alone(saved):
   with small.on():
     got = checkpoint.load_params(folder, program.abstract_state()['params'])
   jax.tree.map(np.testing.assert_array_equal, got, state['params'])
+
+
+def test_the_state_is_on_disk_as_it_is_in_memory(saved):
+  folder, _, state = saved
+  size = sum(path.stat().st_size for path in (folder / '24' / 'state').rglob('*'))
+  # All moments of a new state are 0, of which a compressed one would need next to nothing.
+  assert size > sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_a_state_that_was_compressed_is_restored(saved, tmp_path):
+  _, program, state = saved
+  with ocp.CheckpointManager(tmp_path / 'c') as manager:
+    manager.save(8, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+  with small.on(), checkpoint.Checkpoints(tmp_path / 'c', keep=1) as checkpoints:
+    got = checkpoints.restore(8, program.abstract_state())
+  jax.tree.map(np.testing.assert_array_equal, got, state)
+
+
+def test_a_state_of_another_shape_is_refused(saved):
+  folder, program, _ = saved
+  wider = small.program(dataclasses.replace(small.SHAPE, d_ff=2 * small.SHAPE.d_ff))
+  with small.on(), checkpoint.Checkpoints(folder, keep=2) as checkpoints:
+    with pytest.raises(Mistake, match='a whole checkpoint'):
+      checkpoints.restore(24, wider.abstract_state())
 
 
 def test_newest_are_kept_with_their_record(saved):
