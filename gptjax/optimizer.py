@@ -55,8 +55,8 @@ class AdamW:
 
     def change(mu, nu, w, decays):
       root = jnp.sqrt(nu / unbias[1]) + self.eps
-      # Divided by last of all: what ends in a division XLA's CPU backend computes once, and anything
-      # else anew for each use, for which it first copies the params.
+      # Divided last of all: what ends in a division XLA's CPU backend computes once, and other
+      # things anew for each use, for which it first copies the params.
       push = mu / unbias[0] + (self.weight_decay * w * root if decays else 0)
       return jnp.where(take, -lr * push / root, 0)
 
