@@ -46,11 +46,14 @@ class Ours:
     """Takes weights, and makes the rest of a state."""
     import jax
 
+    from gptjax import compiler
+
     with jax.set_mesh(self.mesh):
       like = self.program.abstract_state()['params']
       params = jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), params, like)
       self.state = jax.jit(self.program.begin, donate_argnums=0)(params)
-    self.train_step = jax.jit(self.program.train_step, donate_argnums=0)
+    options = compiler.options(self.device.platform)
+    self.train_step = jax.jit(self.program.train_step, donate_argnums=0, compiler_options=options)
 
   def put(self, token_gbl: np.ndarray, rows: int, lr: float) -> tuple:
     """The arguments of a step."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import ahead, flags, metrics, model, sharding, sizes
+from gptjax import compiler, flags, metrics, model, sharding, sizes
 from gptjax.config import resolve
 from gptjax.errors import mistake, told_plainly
 from gptjax.step import Program
@@ -71,7 +71,8 @@ def measure(program: Program, batch: int, slices: int, repeats: int) -> dict[str
     'gradients': seconds(lambda: gradients(params, token_gbl, 0, batch), repeats),
     'optimizer': seconds(lambda: update(params, moments, params, np.float32(1e-4), 1.0), repeats),
   }
-  step = jax.jit(program.train_step, donate_argnums=0)
+  options = compiler.options(jax.default_backend())
+  step = jax.jit(program.train_step, donate_argnums=0, compiler_options=options)
   box = [state]
 
   def whole():
@@ -126,7 +127,7 @@ def main() -> None:
     parser.error('--slices must divide --batch, and they, --repeats and --steps be 1 or more')
   if not a.against and (a.contenders or a.halve or a.json):
     parser.error('--contenders, --halve and --json want --against=torch')
-  ahead.fix_order(a.deterministic)
+  compiler.fix_order(a.deterministic)
   words = program_words(a)
   if a.against:
     if not __package__:

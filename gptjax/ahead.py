@@ -21,7 +21,7 @@ from etils import epath
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax import checkpoint, files, hosts, sharding
+from gptjax import checkpoint, compiler, files, hosts, sharding
 from gptjax.config import Run
 from gptjax.data import dataset
 from gptjax.errors import Mistake, mistake, told_as
@@ -47,14 +47,6 @@ PACKAGES = {
 
 class DoesNotFit(Mistake):
   """The compiler refuses a program that wants more memory than there is."""
-
-
-def fix_order(deterministic: bool) -> None:
-  """Has XLA leave out, if it is wanted, what adds in any order on a GPU, before JAX starts one."""
-  flag = '--xla_gpu_deterministic_ops=true'
-  words = os.environ.get('XLA_FLAGS', '').split()
-  if deterministic and flag not in words:
-    os.environ['XLA_FLAGS'] = ' '.join([*words, flag])
 
 
 def cache_in(workdir: epath.Path, wanted: bool) -> None:
@@ -84,11 +76,14 @@ def _cut(entry: bytes) -> bool:
 
 def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
   """What to call as `Program.train_step`: from the run's file, or compiled by its first call."""
-  return load(run.compiled, run, mesh) if run.compiled else hosts.compiled_by_all(_jitted(run))
+  if run.compiled:
+    return load(run.compiled, run, mesh)
+  return hosts.compiled_by_all(_jitted(run, mesh))
 
 
-def _jitted(run):
-  return jax.jit(run.program.train_step, donate_argnums=0)
+def _jitted(run, mesh):
+  options = compiler.options(mesh.devices.flat[0].platform)
+  return jax.jit(run.program.train_step, donate_argnums=0, compiler_options=options)
 
 
 def compile_step(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
@@ -99,7 +94,7 @@ def compile_step(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
     Mistake: with the compiler's own words, where it refuses for another reason.
   """
   with jax.set_mesh(mesh), _refusals_told(), _anew():
-    return _jitted(run).lower(*abstract_arguments(run)).compile()
+    return _jitted(run, mesh).lower(*abstract_arguments(run)).compile()
 
 
 @contextlib.contextmanager
@@ -224,7 +219,8 @@ def made_from(run: Run, mesh: jax.sharding.Mesh) -> dict[str, object]:
     'devices in order': [device.id for device in devices],
     'code': _code(),
     'version': {name: _version(name) for name in (*PACKAGES[''], *PACKAGES[platform])},
-    'flags': {name: _flags(name) for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')},
+    'options': compiler.options(platform) or {},
+    'flags': {name: compiler.flags(name) for name in compiler.SAID_IN},
     'jax': {name: str(getattr(jax.config, name)) for name in SETTINGS},
   }
   return checkpoint.flatten(recipe)
@@ -242,9 +238,3 @@ def _version(package):
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
     return 'none'
-
-
-def _flags(name):
-  # How many devices a CPU shall be says nothing that the mesh does not.
-  words = os.environ.get(name, '').split()
-  return ' '.join(sorted(w for w in words if 'host_platform_device_count' not in w))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gptjax import corruption, files, hosts, metrics, schedule, skips, stability
+from gptjax import compiler, corruption, files, hosts, metrics, schedule, skips, stability
 from gptjax.config import Run
 from gptjax.data import dataset, loader
 from gptjax.data.corpora import Corpora
@@ -46,7 +46,8 @@ class Trainer:
     self.writer, self.bar, self.workdir = writer, bar, workdir
     self.shape = run.program.shape
     self.train_step = train_step
-    self.eval_step = hosts.compiled_by_all(jax.jit(run.program.eval_step))
+    options = compiler.options(mesh.devices.flat[0].platform)
+    self.eval_step = hosts.compiled_by_all(jax.jit(run.program.eval_step, compiler_options=options))
     self.copies_agree = corruption.comparing()
     self.repeats = corruption.repeating(run.program.train_step)
     self.windows = corpora.stream(mixed, run.program.seed)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 from ml_collections import ConfigDict
 
-from gptjax import ahead, cost, flags, machines, memory, plan_table, search, sharding
+from gptjax import ahead, compiler, cost, flags, machines, memory, plan_table, search, sharding
 from gptjax.ahead import DoesNotFit
 from gptjax.config import Run, check_knobs, resolve
 from gptjax.cost import Plan
@@ -48,7 +48,7 @@ def main(config: ConfigDict, options: argparse.Namespace) -> None:
   if not options.search.isdecimal():
     raise mistake('--search', options.search, 'how many meshes to compile for', '--search=4')
   check_knobs(config)
-  ahead.fix_order(config.deterministic)
+  compiler.fix_order(config.deterministic)
   jax.config.update('jax_platforms', 'cpu')  # whatever else is there only compiles
   machine = machines.find(options.topology)
   try:

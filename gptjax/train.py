@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from gptjax import (
   ahead,
   checkpoint,
+  compiler,
   files,
   flags,
   hosts,
@@ -46,7 +47,7 @@ SMALLER = 'more devices with --config.mesh.fsdp, or a smaller model'
 def main(config: ConfigDict) -> None:
   """Trains to `train_tokens`, from the last checkpoint in the workdir if there is one."""
   check_knobs(config)
-  ahead.fix_order(config.deterministic)
+  compiler.fix_order(config.deterministic)
   found = hosts.join(config.hosts)
   with told_as('devices', 'one that JAX finds', 'another JAX_PLATFORMS', RuntimeError):
     devices = jax.devices()

@@ -28,8 +28,7 @@ if [[ "${1:-}" != --config=* || " $* " == *' --dry-run '* ]]; then
   exit 2
 fi
 
-# Collectives overlap with computation: off in XLA, on in NVIDIA's images of JAX. Yours come later.
-settings=("XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true${XLA_FLAGS:+ $XLA_FLAGS}")
+settings=()
 # JAX takes 75 % of the memory and no more; only NCCL and other libraries need what is left.
 if [ -z "${XLA_CLIENT_MEM_FRACTION:-}${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]; then
   settings+=(XLA_CLIENT_MEM_FRACTION=0.9)

@@ -1,7 +1,6 @@
 """A step from a file is the step, and a file that was made from anything else is refused."""
 
 import json
-import os
 import re
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import gpt3
-from gptjax import ahead, sharding, train
+from gptjax import ahead, compiler, sharding, train
 from gptjax.config import resolve
 from gptjax.errors import Mistake
 from tests import plans, runs, small
@@ -137,18 +136,13 @@ def test_other_code_versions_flags_or_devices_are_refused(one, monkeypatch):
     m.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=4 --xla_other=1')
     with pytest.raises(Mistake, match='flags.XLA_FLAGS .*wanted flags.XLA_FLAGS --xla_other=1 as'):
       ahead.load(str(path), run, mesh)
+  with monkeypatch.context() as m:
+    m.setitem(compiler.OPTIONS, 'cpu', {'xla_cpu_enable_fast_min_max': True})
+    with pytest.raises(Mistake, match='options.xla_cpu_enable_fast_min_max none.*max True as here'):
+      ahead.load(str(path), run, mesh)
   turned = sharding.make_mesh(**run.mesh, devices=jax.devices()[::-1])
   with pytest.raises(Mistake, match=r'devices in order \[0, 1, .*, wanted devices in order \[7, 6'):
     ahead.load(str(path), run, turned)
-
-
-def test_one_order_of_sums_is_a_flag_that_is_asked_for_once(monkeypatch):
-  monkeypatch.setenv('XLA_FLAGS', '--a=1')
-  ahead.fix_order(False)
-  assert os.environ['XLA_FLAGS'] == '--a=1'
-  for _ in range(2):
-    ahead.fix_order(True)
-    assert os.environ['XLA_FLAGS'] == '--a=1 --xla_gpu_deterministic_ops=true'
 
 
 def test_every_file_of_the_code_is_in_its_hash(tmp_path, monkeypatch):

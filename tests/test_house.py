@@ -29,6 +29,7 @@ FLOORS = {
   'goodput': 0,
   'saver': 2.5,
   'loop': 3.75,
+  'compiler': 0,
   'hlo': 0,
   'machines': 0,
   'sharding': 0.5,

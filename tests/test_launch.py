@@ -20,7 +20,6 @@ QUEUED = ['gcloud', 'compute', 'tpus', 'queued-resources']
 POD = '--name=pod --zone=us-east5-a --type=v5p-32 --runtime=v2-alpha-tpuv5'.split()
 TRAIN = ['--config=configs/gpt3.py:xl', '--config.workdir=/b/xl', '--config.data.sources=/b/a b']
 XPK = ['--name=load', '--cluster=mine', '--type=v5p-32']
-OVERLAP = 'XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true'
 
 # What gcloud does, with a folder for the worker's disk: copies there, runs there. It writes its
 # calls down, tells one state after another, and fails where a call contains REFUSE.
@@ -196,20 +195,21 @@ def test_a_script_finds_its_repository_through_a_link(script, tmp_path):
 def test_a_dry_run_on_gpus_says_what_would_run():
   train = ['python', '-m', 'gptjax.train', *TRAIN]
   memory = 'XLA_CLIENT_MEM_FRACTION=0.9'
-  assert said('gpu.sh', *TRAIN) == [['env', OVERLAP, memory, *train, '--config.hosts=one']]
-  got = said('gpu.sh', *TRAIN, XLA_FLAGS='--a=1 --b=2', XLA_PYTHON_CLIENT_MEM_FRACTION='.5')
-  assert got == [['env', f'{OVERLAP} --a=1 --b=2', *train, '--config.hosts=one']]
+  assert said('gpu.sh', *TRAIN) == [['env', memory, *train, '--config.hosts=one']]
+  got = said('gpu.sh', *TRAIN, XLA_PYTHON_CLIENT_MEM_FRACTION='.5')
+  assert got == [['env', *train, '--config.hosts=one']]
   got = said('gpu.sh', '--hosts=auto', *TRAIN)
-  assert got == [['env', OVERLAP, memory, *train, '--config.hosts=auto']]
+  assert got == [['env', memory, *train, '--config.hosts=auto']]
 
 
 def test_a_gpu_run_trains_with_the_settings(fake):
   folder, env = fake
-  done = launch('gpu.sh', *TRAIN, **env, PYTHON=str(folder / 'trainer'), TRAIN_CODE='3')
+  flags = {'XLA_FLAGS': '--a=1 --b=2'}
+  done = launch('gpu.sh', *TRAIN, **env | flags, PYTHON=str(folder / 'trainer'), TRAIN_CODE='3')
   assert (done.returncode, done.stdout) == (3, 'step 1\n'), done.stderr
   trained = (folder / 'trained').read_text().splitlines()
   assert trained == ['-m', 'gptjax.train', *TRAIN, '--config.hosts=one']
-  assert {OVERLAP, 'XLA_CLIENT_MEM_FRACTION=0.9'} <= set(
+  assert {'XLA_FLAGS=--a=1 --b=2', 'XLA_CLIENT_MEM_FRACTION=0.9'} <= set(
     (folder / 'environment').read_text().splitlines()
   )
 

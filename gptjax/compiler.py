@@ -1,0 +1,43 @@
+"""What XLA is asked for besides its own defaults: the one place for its options.
+
+Those of OPTIONS go into each compilation, so that a run, a step compiled ahead of it and a plan are
+the same program. What the user says in XLA_FLAGS or LIBTPU_INIT_ARGS wins: an option that is named
+there is left out here.
+"""
+
+import os
+import pathlib
+import re
+
+SAID_IN = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
+# By platform, because no compiler takes an option of another.
+OPTIONS = {
+  # Collectives go on beside work: off in XLA, on in NVIDIA's images of JAX.
+  'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True},
+}
+# Not an option of OPTIONS, since all that the process compiles wants it, and not the steps alone.
+ORDERED = '--xla_gpu_deterministic_ops=true'
+
+
+def options(platform: str) -> dict[str, bool | int | str] | None:
+  """As `jax.jit` takes them; None if there are none."""
+  said = {name for variable in SAID_IN for name in re.findall(r'--(\w+)', flags(variable))}
+  wanted = OPTIONS.get(platform, {})
+  return {name: value for name, value in wanted.items() if name not in said} or None
+
+
+def fix_order(deterministic: bool) -> None:
+  """Has XLA leave out, if it is wanted, what adds in any order on a GPU, before JAX starts one."""
+  words = os.environ.get('XLA_FLAGS', '').split()
+  if deterministic and ORDERED not in words:
+    os.environ['XLA_FLAGS'] = ' '.join([*words, ORDERED])
+
+
+def flags(variable: str) -> str:
+  """What the user says in a variable, sorted, or in the file that XLA_FLAGS may name instead."""
+  text = os.environ.get(variable, '').strip()
+  if text and not text.startswith('-'):
+    path = pathlib.Path(text)
+    text = path.read_text() if path.is_file() else text
+  # How many devices a CPU shall be says nothing that the mesh does not.
+  return ' '.join(sorted(w for w in text.split() if 'host_platform_device_count' not in w))

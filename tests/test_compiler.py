@@ -1,0 +1,81 @@
+"""What XLA is asked for is in one place, reaches every step, and yields to the user's own flags."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import ahead, compiler, sharding
+from gptjax.errors import Mistake
+from tests import plans, small
+
+PLATFORMS = {'tpu': 'v5e:2x4', 'gpu': 'h100:1x8'}
+
+
+@pytest.fixture
+def options(monkeypatch):
+  """Two options of a CPU, and no flags."""
+  for variable in compiler.SAID_IN:
+    monkeypatch.delenv(variable, raising=False)
+  wanted = {'xla_cpu_enable_fast_min_max': True, 'xla_llvm_disable_expensive_passes': True}
+  monkeypatch.setitem(compiler.OPTIONS, 'cpu', wanted)
+  return wanted
+
+
+@pytest.mark.parametrize('variable', compiler.SAID_IN)
+@pytest.mark.parametrize('said', ['--{}=false', '--a=1 --{}', '--{} --b=2'])
+def test_what_the_user_says_wins(options, monkeypatch, variable, said):
+  first, second = options
+  assert compiler.options('cpu') == options
+  monkeypatch.setenv(variable, said.format(first))
+  assert compiler.options('cpu') == {second: True}
+  monkeypatch.setenv(variable, f'{said.format(first)} --{second}=true')
+  assert compiler.options('cpu') is None
+  monkeypatch.setenv(variable, f'--{first}_2=false --{first[:-1]}=false')
+  assert compiler.options('cpu') == options
+
+
+def test_flags_in_a_file_are_the_users_too(options, monkeypatch, tmp_path):
+  (tmp_path / 'flags').write_text('--b=2\n--xla_cpu_enable_fast_min_max=false\n')
+  monkeypatch.setenv('XLA_FLAGS', str(tmp_path / 'flags'))
+  assert list(compiler.options('cpu')) == ['xla_llvm_disable_expensive_passes']
+  assert compiler.flags('XLA_FLAGS') == '--b=2 --xla_cpu_enable_fast_min_max=false'
+
+
+def test_a_platform_without_options_has_none():
+  assert compiler.options('toaster') is None
+
+
+def test_options_reach_the_compiler(monkeypatch):
+  """It refuses one that it does not know, whoever asks for the step."""
+  run = plans.run_of()
+  mesh = sharding.make_mesh(**run.mesh)
+  monkeypatch.setitem(compiler.OPTIONS, 'cpu', {'xla_no_such_option': True})
+  with pytest.raises(Mistake, match='xla_no_such_option'):
+    ahead.compile_step(run, mesh)
+  with jax.set_mesh(mesh), pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
+    ahead.step(run, mesh).lower(*ahead.abstract_arguments(run)).compile()
+
+
+def test_one_order_of_sums_is_a_flag_that_is_asked_for_once(monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '--a=1')
+  compiler.fix_order(False)
+  assert os.environ['XLA_FLAGS'] == '--a=1'
+  for _ in range(2):
+    compiler.fix_order(True)
+    assert os.environ['XLA_FLAGS'] == '--a=1 --xla_gpu_deterministic_ops=true'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('platform', PLATFORMS)
+def test_a_compiler_takes_its_options(platform):
+  """And sees them: one that it does not know is refused."""
+  machine = small.machine_or_skip(PLATFORMS[platform])
+  mesh = jax.sharding.Mesh(np.array(machine.devices[:1]), 'x')
+  x = jax.ShapeDtypeStruct((128, 128), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P()))
+  square = lambda options: jax.jit(lambda x: x @ x, compiler_options=options).lower(x).compile()
+  assert square(compiler.options(platform))
+  with pytest.raises(Exception, match='xla_no_such_option'):
+    square({'xla_no_such_option': True})
