@@ -15,6 +15,7 @@ import numpy as np
 COLLECTIVES = ('all-reduce', 'reduce-scatter', 'all-gather', 'all-to-all', 'collective-permute')
 BITS = {'pred': 8, 'token': 0, 'opaque': 0}  # the other types have theirs in their names
 SLICES = ('dynamic-slice', 'slice', 'gather')
+START, DONE = '"AsyncCollectiveStart"', '"AsyncCollectiveDone"'
 IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'  # how XLA writes the devices 0, 1, 2 … in another order
 # What moves nothing, or is counted where it is used or where it began.
 FREE = {
@@ -223,14 +224,30 @@ def _goes_on(i: _Instruction, inside) -> bool:
   """
   if not i.find(r'(chain_id)="'):
     return False
-  return not any('"AsyncCollectiveStart"' in use.attributes for use, _ in _uses(i, inside))
+  return not any(START in use.attributes for use, _ in _uses(i, inside))
+
+
+def _in_place(inside) -> set[str]:
+  """The arrays of collectives that began earlier, which a fusion only passes on."""
+  ends = {
+    j.name
+    for j in inside
+    if j.opcode in COLLECTIVES and _goes_on(j, inside) or DONE in j.attributes
+  }
+  if not ends:
+    return ends
+  known = ends | {j.name for j in inside if j.root and j.opcode == 'tuple'}
+  parameters = (j for j in inside if j.opcode == 'parameter')
+  return ends | {
+    j.name for j in parameters if all(use.name in known for use, _ in _uses(j, inside))
+  }
 
 
 def _read_by(inside) -> float:
   """Bytes that a fusion reads: of an operand of which it only takes slices, the slices."""
-  total = 0.0
+  total, in_place = 0.0, _in_place(inside)
   for j in inside:
-    if j.opcode != 'parameter':
+    if j.opcode != 'parameter' or j.name in in_place:
       continue
     if len(j.arrays) != 1:
       total += j.moved
@@ -259,10 +276,14 @@ def _written_by(inside, fusion) -> float:
   by_name = {j.name: j for j in inside}
   (root,) = [j for j in inside if j.root]
   outputs = [by_name[o] for o in root.operands] if root.opcode == 'tuple' else [root]
-  total = 0.0
+  if START in root.attributes:  # its result names the operand first
+    return sum(array.moved for array in fusion.arrays[1:])
+  total, in_place = 0.0, _in_place(inside)
   for array, output in zip(fusion.arrays, outputs, strict=False):
     while output.opcode == 'bitcast':
       output = by_name[output.operands[0]]
+    if output.name in in_place:
+      continue
     if output.opcode == 'dynamic-update-slice':
       total += by_name[output.operands[1]].arrays[0].bytes * array.in_memory
     else:

@@ -164,29 +164,34 @@ HloModule chained
 %start (p: bf16[4,8]) -> (bf16[4,8], bf16[4,16], u32[]) {
   %p = bf16[4,8]{1,0} parameter(0)
   %g.1 = bf16[4,16]{1,0} GATHER
-  ROOT %c.1 = (bf16[4,8]{1,0}, bf16[4,16]{1,0}, u32[]) CALL(%g.1)="AsyncCollectiveStart"
+  ROOT %c.1 = (bf16[4,8]{1,0}, bf16[4,16]{1,0}, u32[]{:S(2)}) CALL(%g.1)="AsyncCollectiveStart"
 }
 
-%step (p: bf16[4,8], a: f32[8,8], b: f32[8,8]) -> f32[8,8] {
+%step (p: bf16[4,8], r: bf16[4,16], a: f32[8,8], b: f32[8,8]) -> (f32[8,8], bf16[4,16]) {
   %p = bf16[4,8]{1,0} parameter(0)
+  %r = bf16[4,16]{1,0} parameter(3)
   %a = f32[8,8]{1,0} parameter(1)
   %b = f32[8,8]{1,0} parameter(2)
   %g.2 = bf16[4,16]{1,0} GATHER
-  ROOT %dot = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %dot = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %passed = (f32[8,8]{1,0}, bf16[4,16]{1,0}) tuple(%dot, %r)
 }
 
-%done (p: bf16[4,8]) -> bf16[4,16] {
+%done (p: bf16[4,8], r: bf16[4,16]) -> bf16[4,16] {
   %p = bf16[4,8]{1,0} parameter(0)
+  %r = bf16[4,16]{1,0} parameter(1)
   %g.3 = bf16[4,16]{1,0} GATHER
-  ROOT %c.3 = bf16[4,16]{1,0} CALL(%p, %g.3)="AsyncCollectiveDone"
+  ROOT %c.3 = bf16[4,16]{1,0} CALL(%p, %g.3, %r)="AsyncCollectiveDone"
 }
 
 ENTRY %main (x: bf16[4,8], a: f32[8,8]) -> bf16[4,16] {
   %x = bf16[4,8]{1,0} parameter(0)
   %a = f32[8,8]{1,0} parameter(1)
-  %begun = (bf16[4,8]{1,0}, bf16[4,16]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%start
-  %product = f32[8,8]{1,0} fusion(%x, %a, %a), kind=kOutput, calls=%step
-  ROOT %gathered = bf16[4,16]{1,0} fusion(%x), kind=kCustom, calls=%done
+  %begun = (bf16[4,8]{1,0}, bf16[4,16]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, calls=%start
+  %r = bf16[4,16]{1,0} get-tuple-element(%begun), index=1
+  %product = (f32[8,8]{1,0}, bf16[4,16]{1,0}) fusion(%x, %a, %a, %r), kind=kOutput, calls=%step
+  %s = bf16[4,16]{1,0} get-tuple-element(%product), index=1
+  ROOT %gathered = bf16[4,16]{1,0} fusion(%x, %s), kind=kCustom, calls=%done
 }
 """
 
@@ -198,6 +203,8 @@ def test_a_collective_that_goes_on_beside_work_counts_once():
   found = hlo.read(text, {'data': 4, 'tensor': 2})
   assert found.collectives == {hlo.Collective('all-gather', ('tensor',), 2, 2 * 4 * 8 * 2): 1}
   assert found.flops == 2 * 8 * 8 * 8
+  # And its arrays once, and those of the product.
+  assert found.bytes == 2 * (4 * 8 + 4 * 16) + 3 * 4 * 8 * 8
 
 
 @pytest.mark.parametrize(
