@@ -295,6 +295,8 @@ def _moved(i, operands) -> float:
   """Bytes that an instruction of its own reads and writes."""
   if i.opcode in SLICES:
     return i.moved + i.arrays[0].bytes * operands[0].arrays[0].in_memory
+  if i.opcode == 'slice-start':  # its result names the operand first
+    return i.arrays[1].moved + i.arrays[1].bytes * operands[0].arrays[0].in_memory
   if i.opcode == 'dynamic-update-slice':
     update = operands[1].arrays[0]
     return update.moved + update.bytes * i.arrays[0].in_memory

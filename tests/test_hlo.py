@@ -63,6 +63,23 @@ def test_memory_counts_of_a_slice_what_is_sliced():
   assert moved == pytest.approx((4 + 1 + 2 + 1) * n * array, rel=0.01)
 
 
+# As a TPU brings what it soon wants onto the chip.
+PREFETCH = """
+HloModule prefetched
+
+ENTRY %main (x: f32[4,8]) -> f32[1,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %s = ((f32[4,8]{1,0}), f32[1,8]{1,0LAYOUT}, s32[]{:S(2)}) slice-start(%x), slice={[0:1], [0:8]}
+  ROOT %d = f32[1,8]{1,0LAYOUT} slice-done(%s)
+}
+"""
+
+
+@pytest.mark.parametrize('layout, times', [('', 2), (':S(1)', 1)])
+def test_memory_counts_of_a_slice_that_is_fetched_ahead_the_slice(layout, times):
+  assert hlo.read(PREFETCH.replace('LAYOUT', layout), ONE).bytes == times * 4 * 8
+
+
 def step(mesh, windows, remat='none'):
   """The costs of a training step of three slices, at one trip of its loop and at none."""
   shape = dataclasses.replace(SHAPE, windows=windows)
