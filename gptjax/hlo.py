@@ -17,6 +17,8 @@ BITS = {'pred': 8, 'token': 0, 'opaque': 0}  # the other types have theirs in th
 SLICES = ('dynamic-slice', 'slice', 'gather')
 START, DONE = '"AsyncCollectiveStart"', '"AsyncCollectiveDone"'
 IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'  # how XLA writes the devices 0, 1, 2 … in another order
+# Custom calls of a TPU that only say what lies where.
+STILL = ('AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound')
 # What moves nothing, or is counted where it is used or where it began.
 FREE = {
   'parameter',
@@ -293,6 +295,8 @@ def _written_by(inside, fusion) -> float:
 
 def _moved(i, operands) -> float:
   """Bytes that an instruction of its own reads and writes."""
+  if i.find(r'custom_call_target="(\w+)"') in STILL:
+    return 0
   if i.opcode in SLICES:
     return i.moved + i.arrays[0].bytes * operands[0].arrays[0].in_memory
   if i.opcode == 'slice-start':  # its result names the operand first

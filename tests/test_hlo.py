@@ -63,14 +63,16 @@ def test_memory_counts_of_a_slice_what_is_sliced():
   assert moved == pytest.approx((4 + 1 + 2 + 1) * n * array, rel=0.01)
 
 
-# As a TPU brings what it soon wants onto the chip.
+# As a TPU makes room, and brings what it soon wants onto the chip.
 PREFETCH = """
 HloModule prefetched
 
 ENTRY %main (x: f32[4,8]) -> f32[1,8] {
   %x = f32[4,8]{1,0} parameter(0)
+  %room = f32[4,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   %s = ((f32[4,8]{1,0}), f32[1,8]{1,0LAYOUT}, s32[]{:S(2)}) slice-start(%x), slice={[0:1], [0:8]}
-  ROOT %d = f32[1,8]{1,0LAYOUT} slice-done(%s)
+  %d = f32[1,8]{1,0LAYOUT} slice-done(%s)
+  ROOT %all = f32[1,8]{1,0LAYOUT} custom-call(%d), custom_call_target="ConcatBitcast"
 }
 """
 
