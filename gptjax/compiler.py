@@ -14,6 +14,13 @@ SAID_IN = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
 OPTIONS = {
   # Collectives go on beside work: off in XLA, on in NVIDIA's images of JAX.
   'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True},
+  'tpu': {
+    # Gathers of weights do so on v5p too; either of the two alone changes nothing there.
+    'xla_enable_async_all_gather': True,
+    'xla_tpu_enable_async_collective_fusion_fuse_all_gather': True,
+    # Sums of gradients are scattered also where a part has no whole lanes of d.
+    'xla_tpu_relayout_group_size_threshold_for_reduce_scatter': 1,
+  },
 }
 # Not an option of OPTIONS, since all that the process compiles wants it, and not the steps alone.
 ORDERED = '--xla_gpu_deterministic_ops=true'

