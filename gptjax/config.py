@@ -21,7 +21,7 @@ from gptjax.step import Program
 
 DTYPES = ('auto', 'float32', 'bfloat16')
 LAYERS = ('dense', 'banded')
-LEAST_EPS = 1e-37  # f32 has less, but not in products with it
+LEAST_EPS = 1e-30  # f32 has less, but not in products with it
 LARGEST = 2**20  # of a size: what is larger is a slip of the keyboard
 MOST_APART = 24  # layers that are compiled apart unasked: on a GPU 40 s, and in a loop 10
 # Every knob of a training config, by group: no other is taken, and none may be left out.

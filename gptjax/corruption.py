@@ -6,7 +6,7 @@ A chip that errs now and then, without an error, is found by nothing else (Hochs
 
 import collections
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +57,13 @@ def comparing() -> Callable[[dict], None]:
   return check
 
 
-def repeating(train_step: Callable) -> Callable:
+def repeating(train_step: Callable, options: Mapping | None = None) -> Callable:
   """A check that takes what `train_step` takes, and computes the step twice, keeping neither.
 
-  The check raises a Mistake if the bits of the two differ.
+  The check raises a Mistake if the bits of the two differ. `options` are those that the step that
+  trains is compiled with.
   """
-  sums = jax.jit(lambda *args: jax.tree.map(_sum, train_step(*args)))
+  sums = jax.jit(lambda *args: jax.tree.map(_sum, train_step(*args)), compiler_options=options)
   digest = hosts.compiled_by_all(sums)
 
   def check(*args) -> None:

@@ -40,7 +40,8 @@ def cudnn(q_blhk, k_bshk, v_bshk, window, *, dropout: float = 0.0, key_b=None) -
     local_window_size=before,
     implementation='cudnn',
   )
-  return _on_each_device(attend, q_blhk, k_bshk, v_bshk)
+  # A name for cuDNN's alone: splash lays out anew what it keeps, which would then be there twice.
+  return _on_each_device(attend, q_blhk, k_bshk, v_bshk, name=attention.ATTENDED)
 
 
 @functools.cache  # so that equal choices are one function, which compiles once
@@ -121,8 +122,11 @@ def _splash(device_kind, interpret, window, q_blhk, k_bshk, v_bshk):
   return o_bhlk.transpose(0, 2, 1, 3)[:, :L]
 
 
-def _on_each_device(attend, q_blhk, k_bshk, v_bshk):
-  """Runs attend on each device's own rows and heads, which is all that its result depends on."""
+def _on_each_device(attend, q_blhk, k_bshk, v_bshk, name=''):
+  """Runs attend on each device's own rows and heads, which is all that its result depends on.
+
+  By its name, if it has one, a remat policy knows what the backward pass wants.
+  """
   if jax.typeof(q_blhk).sharding.mesh.empty:
     return attend(q_blhk, k_bshk, v_bshk)
 
@@ -143,7 +147,7 @@ def _on_each_device(attend, q_blhk, k_bshk, v_bshk):
   # `vmap` over an axis of the mesh, as a pipeline has it, meets nothing but `_by_device`.
   run = jax.custom_vjp(lambda *qkv: _by_device(attend, qkv))
   run.defvjp(
-    lambda *qkv: checkpoint_name(_by_device(forward, qkv, keeps=True), attention.ATTENDED),
+    lambda *qkv: checkpoint_name(_by_device(forward, qkv, keeps=True), name),
     lambda kept, do_blhk: _by_device(backward, (do_blhk,), *kept),
   )
   return run(q_blhk, k_bshk, v_bshk)

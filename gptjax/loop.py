@@ -49,7 +49,7 @@ class Trainer:
     options = compiler.options(mesh.devices.flat[0].platform)
     self.eval_step = hosts.compiled_by_all(jax.jit(run.program.eval_step, compiler_options=options))
     self.copies_agree = corruption.comparing()
-    self.repeats = corruption.repeating(run.program.train_step)
+    self.repeats = corruption.repeating(run.program.train_step, options)
     self.windows = corpora.stream(mixed, run.program.seed)
     self.unread = None  # a step, its rate, and its metrics, which may still be being computed
     self.clock = time.perf_counter()  # when the time began that the unread step is charged with

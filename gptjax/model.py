@@ -48,7 +48,7 @@ def keep_all_but_weights(primitive, *_, **params) -> bool:
 def keep_products(primitive, *operands, **params) -> bool:
   """A remat policy: products with weights are kept, summed over devices if they have to be.
 
-  And what they and the CPU's attention name, because it is dearer to make again than to keep.
+  And what they and attention name, because it is dearer to make again than to keep.
   """
   if primitive.name == 'reshard':
     return bool(operands[0].sharding.spec.unreduced)
@@ -151,17 +151,18 @@ class Mlp(nnx.Module):
     self.down = weight(down_key, 'fd', F, D, std=residual_std(shape))
     self.down_bias = constant(0.0, 'd', D)
 
-  def __call__(self, x_btd, multiply):
+  def __call__(self, x_btd, numerics):
     B, L, _ = x_btd.shape
-    dtype = x_btd.dtype
+    dtype, multiply = x_btd.dtype, numerics.multiply
     h_blf = multiply('bld,df->blf', gather_positions(x_btd), self.up)
     bias_f = use(self.up_bias, 'f', dtype, 'bl')
 
     def gelu(h_blf, bias_f):
       return jax.nn.gelu(h_blf + spread(bias_f, 'f', 'bl', B, L), approximate=True)
 
-    # Whatever is kept: to read its derivative from memory takes longer than to compute it.
-    h_blf = jax.checkpoint(gelu)(h_blf, bias_f)
+    if numerics.remat == 'none':  # the others do not keep its derivative
+      gelu = jax.checkpoint(gelu)  # to read it from memory would take longer than to compute it
+    h_blf = gelu(h_blf, bias_f)
     x_btd = scatter_positions(multiply, 'blf,fd->bld', h_blf, self.down)
     return x_btd + use_rows(self.down_bias, 'd', dtype, residual(L), B, L)
 
@@ -181,7 +182,7 @@ class Block(nnx.Module):
     y_btd = self.attn_norm(x_btd, numerics.between)
     y_btd, past = self.attn(y_btd, window, numerics, attend_key_b, past)
     x_btd += drop(y_btd, numerics.dropout, attn_key_b)
-    y_btd = self.mlp(self.mlp_norm(x_btd, numerics.between), numerics.multiply)
+    y_btd = self.mlp(self.mlp_norm(x_btd, numerics.between), numerics)
     return x_btd + drop(y_btd, numerics.dropout, mlp_key_b), past
 
 

@@ -34,7 +34,9 @@ def by_parts(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | 
   _, weight, out = split(subscripts)
   at, of_w = weight.index('c'), out.index('c')
   parts = jnp.split(use(param, weight, x.dtype), param.shape[at], at)
-  return jnp.concatenate([jnp.einsum(subscripts, x, w) for w in parts], of_w)
+  return jnp.concatenate(
+    [jnp.einsum(subscripts, x, w, out_sharding=out_sharding) for w in parts], of_w
+  )
 
 
 def in_bf16(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):

@@ -274,6 +274,7 @@ def spread(w: jax.Array, dims: str, rows: str, *shape: int) -> jax.Array:
   every = rows + ''.join(dim for dim in dims if dim not in rows)
   out, own_sum = computed(every), P(*computed(dims).partitions, unreduced=_axes(rows))
   summed = tuple(i for i, dim in enumerate(every) if dim not in dims)
+  assert ''.join(dim for dim in every if dim in dims) == dims, 'a sum leaves dims in their order'
 
   def spread(w):
     ones = jnp.ones(shape, w.dtype, out_sharding=computed(rows))

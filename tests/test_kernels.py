@@ -129,7 +129,7 @@ def test_attention_is_not_computed_again_where_products_are_kept():
 
   def attend(q_blhk, k_bshk, v_bshk, window, *, dropout, key_b):
     kernel = lambda *qkv: jnp.sin(attention.reference(*qkv, window))
-    return kernels._on_each_device(kernel, q_blhk, k_bshk, v_bshk)
+    return kernels._on_each_device(kernel, q_blhk, k_bshk, v_bshk, name=attention.ATTENDED)
 
   counts = {}
   for remat in ('none', 'dots', 'full'):

@@ -165,7 +165,7 @@ def test_each_policy_is_another_program_and_all_but_none_gather_again():
   # `weights`. No other product is made twice.
   n = small.SHAPE.n_layers
   assert products['none'] - n + 2 * n == products['weights'] < products['dots'] < products['full']
-  assert tanhs == {'none': 2 * n, 'weights': n, 'dots': 3 * n, 'full': 3 * n}
+  assert tanhs == {'none': 2 * n, 'weights': n, 'dots': 2 * n, 'full': 2 * n}
   assert layouts['none'] < min(layouts[remat] for remat in REMAT if remat != 'none')
 
 

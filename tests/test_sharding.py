@@ -81,7 +81,6 @@ def test_gradients_are_reduced_in_f32_whatever_they_were_computed_in(used, dims,
   assert gradient.dtype == jnp.float32 and gradient.sharding.spec.unreduced == over
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('dims, rows', [('f', 'bl'), ('chk', 'bl'), ('d', 'bt'), ('ld', 'bl')])
 @pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 2, 2)])
 def test_a_bias_is_spread_over_rows_and_its_gradient_summed_in_f32(mesh, dims, rows):
@@ -106,6 +105,7 @@ def test_a_bias_is_spread_over_rows_and_its_gradient_summed_in_f32(mesh, dims, r
   np.testing.assert_allclose(dw, want, rtol=2**-7)  # rounded on each device, and then added
 
 
+@pytest.mark.slow
 def test_sequence_parallelism_changes_where_the_residual_lies_and_nothing_else(monkeypatch):
   """With the row of the table and without: equal gradients, and a quarter of each residual kept."""
   shape = dataclasses.replace(small.SHAPE, n_layers=8, context=64)
