@@ -10,12 +10,11 @@ import pathlib
 import re
 
 SAID_IN = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
-# By platform, because no compiler takes an option of another.
+# By platform, because no compiler takes an option of another. A GPU's has none: collectives go on
+# beside work by themselves, and benchmarks/NOTES.md has what was tried.
 OPTIONS = {
-  # Collectives go on beside work: off in XLA, on in NVIDIA's images of JAX.
-  'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True},
   'tpu': {
-    # Gathers of weights do so on v5p too; either of the two alone changes nothing there.
+    # Weights are gathered beside work on v5p too; either of the two alone changes nothing there.
     'xla_enable_async_all_gather': True,
     'xla_tpu_enable_async_collective_fusion_fuse_all_gather': True,
     # Sums of gradients are scattered also where a part has no whole lanes of d.
