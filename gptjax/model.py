@@ -160,9 +160,15 @@ class Mlp(nnx.Module):
     def gelu(h_blf, bias_f):
       return jax.nn.gelu(h_blf + spread(bias_f, 'f', 'bl', B, L), approximate=True)
 
-    if numerics.remat == 'none':  # the others do not keep its derivative
-      gelu = jax.checkpoint(gelu)  # to read it from memory would take longer than to compute it
-    h_blf = gelu(h_blf, bias_f)
+    def backward(kept, dh_blf):
+      if numerics.remat == 'none':  # else XLA would keep what both directions compute
+        kept = lax.optimization_barrier(kept)
+      return jax.vjp(gelu, *kept)[1](dh_blf)
+
+    # Its derivative is computed again: to read it from memory would take longer.
+    again = jax.custom_vjp(gelu)
+    again.defvjp(lambda *kept: (gelu(*kept), kept), backward)
+    h_blf = again(h_blf, bias_f)
     x_btd = scatter_positions(multiply, 'blf,fd->bld', h_blf, self.down)
     return x_btd + use_rows(self.down_bias, 'd', dtype, residual(L), B, L)
 
