@@ -35,7 +35,9 @@ def program_of(a: argparse.Namespace, devices) -> Program:
   shape = sizes.Shape(a.layers, D, D // 64, 64, 4 * D, a.context, a.vocab, windows)
   dtype = jnp.dtype('float32' if devices[0].platform == 'cpu' else 'bfloat16')
   attend = kernels.choose('auto', devices, shape, dtype, 0.0)
-  numerics = Numerics(dtype, dtype, attend, products.plainly, a.remat, 0.0)
+  numerics = Numerics(
+    dtype, dtype, attend, products.plainly, remat=a.remat, apart=False, dropout=0.0
+  )
   return Program(shape, numerics, AdamW(0.9, 0.95, 1e-8, 0.1, 1.0), a.context, 0, Guard(10.0, 128))
 
 
