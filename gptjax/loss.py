@@ -116,24 +116,34 @@ cross_entropy.defvjp(_forward, _backward)
 def _nll(x_bld, label_bl, e_vd, vocab_size):
   """Negative log-likelihood [b, l] and its gradient with respect to the logits [b, l, v]."""
   logit_blv = logits(x_bld, e_vd, vocab_size)
-  lse_bl, gold_bl = lax.platform_dependent(
-    logit_blv, label_bl, default=_by_sums, cpu=_by_place, cuda=_in_one_pass
+  return lax.platform_dependent(
+    logit_blv, label_bl, default=_by_sums, cpu=_exp_once, cuda=_in_one_pass
   )
-  return lse_bl - gold_bl, jnp.exp(logit_blv - lse_bl[..., None]) - _hits(logit_blv, label_bl)
 
 
 def _by_sums(logit_blv, label_bl):
-  """The log-sum-exp [b, l] of logits, and the one of the label."""
+  """Both from the log-sum-exp and the logit of the label."""
   gold_blv = jnp.where(_hits(logit_blv, label_bl), logit_blv, 0)
-  return jax.nn.logsumexp(logit_blv, -1), gold_blv.sum(-1)
+  return _from(jax.nn.logsumexp(logit_blv, -1), gold_blv.sum(-1), logit_blv, label_bl)
 
 
-def _by_place(logit_blv, label_bl):
-  """The same for a CPU, which takes a logit faster than it finds it among zeros."""
+def _from(lse_bl, gold_bl, logit_blv, label_bl):
+  return lse_bl - gold_bl, jnp.exp(logit_blv - lse_bl[..., None]) - _hits(logit_blv, label_bl)
+
+
+def _exp_once(logit_blv, label_bl):
+  """The same for a CPU, where an exponential takes longer than to read it again.
+
+  And a logit is taken faster than it is found among zeros.
+  """
   if any(_splits(logit_blv, dim) for dim in range(3)):
     return _by_sums(logit_blv, label_bl)
+  top_bl1 = logit_blv.max(-1, keepdims=True)
+  exp_blv = jnp.exp(logit_blv - top_bl1)
+  sum_bl = exp_blv.sum(-1)
   gold_bl1 = jnp.take_along_axis(logit_blv, label_bl[..., None], -1)
-  return jax.nn.logsumexp(logit_blv, -1), gold_bl1[..., 0]
+  nll_bl = (top_bl1 - gold_bl1)[..., 0] + jnp.log(sum_bl)
+  return nll_bl, exp_blv * (1 / sum_bl)[..., None] - _hits(logit_blv, label_bl)
 
 
 def _in_one_pass(logit_blv, label_bl):
@@ -154,7 +164,8 @@ def _in_one_pass(logit_blv, label_bl):
   top_bl, sum_bl = lax.reduce(pairs, (least, jnp.zeros_like(least)), join, (2,))
   gold_bl = jnp.where(_hits(logit_blv, label_bl), logit_blv, 0).sum(-1)
   # A barrier: XLA would take gold's sum together with the gradient, which is then half as fast.
-  return lax.optimization_barrier((top_bl + jnp.log(sum_bl), gold_bl))
+  lse_bl, gold_bl = lax.optimization_barrier((top_bl + jnp.log(sum_bl), gold_bl))
+  return _from(lse_bl, gold_bl, logit_blv, label_bl)
 
 
 def _splits(a, dim):
