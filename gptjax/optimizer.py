@@ -47,6 +47,7 @@ class AdamW:
       tokens: to divide grads by them before costs a pass over all of them.
     """
     scale = 1 / (tokens * jnp.maximum(1, norm / self.clip_norm))
+    rate = jnp.where(take, lr, 0)  # a number, and no pass over all updates
     count = moments['count'] + 1
     unbias = 1 - self.b1**count, 1 - self.b2**count
 
@@ -58,7 +59,7 @@ class AdamW:
       # Divided last of all: what ends in a division XLA's CPU backend computes once, and other
       # things anew for each use, for which it first copies the params.
       push = mu / unbias[0] + (self.weight_decay * w * root if decays else 0)
-      return jnp.where(take, -lr * push / root, 0)
+      return -rate * push / root
 
     first = lambda mu, g: average(self.b1, mu, g * scale)
     second = lambda nu, g: average(self.b2, nu, jnp.square(g * scale))
