@@ -13,7 +13,6 @@ from concurrent import futures
 from typing import TextIO
 
 import jax
-import tensorboardX
 import tqdm
 from etils import epath
 
@@ -181,6 +180,17 @@ class MetricsWriter:
     self.close()
 
 
+def _tensorboardx():
+  """The module, without PyTorch, which it imports for seconds and in vain where it is installed."""
+  hidden = sys.modules.setdefault('torch', None) is None
+  try:
+    import tensorboardX
+  finally:
+    if hidden:
+      del sys.modules['torch']
+  return tensorboardX
+
+
 class _TensorBoard:
   """Files of TensorBoard in a workdir; for a bucket they are made here, and sent now and then."""
 
@@ -194,7 +204,7 @@ class _TensorBoard:
 
   def _open(self, purge):
     self._written, self._sent = 0, time.monotonic()
-    self._writer = tensorboardX.SummaryWriter(
+    self._writer = _tensorboardx().SummaryWriter(
       str(self._folder),
       purge_step=purge,
       flush_secs=10,

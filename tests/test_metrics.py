@@ -98,9 +98,18 @@ def test_without_tensorboard_there_is_no_folder_of_it(tmp_path):
   assert not (tmp_path / 'tensorboard').exists()
 
 
-def test_no_tensorflow_is_imported(run_python):
-  code = 'import sys, gptjax.metrics; print("tensorflow" in sys.modules)'
-  assert run_python(code, timeout=120).stdout == 'False\n'
+def test_neither_tensorflow_nor_pytorch_is_imported(run_python, tmp_path):
+  code = f"""
+import pathlib, sys, gptjax.train
+from gptjax import metrics
+with metrics.MetricsWriter(pathlib.Path({str(tmp_path)!r}), resume_at=0, tensorboard=True) as w:
+  w.write({train(2)!r})
+print({{'tensorflow', 'torch'}} & {{*sys.modules}})
+import torch
+print(torch.tensor(1).item())
+"""
+  assert run_python(code, timeout=120).stdout == 'set()\n1\n'
+  assert [*(tmp_path / 'tensorboard').iterdir()]
 
 
 def test_wandb_that_is_missing_is_a_mistake_before_anything_is_written(tmp_path, monkeypatch):
