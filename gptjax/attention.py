@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from gptjax.products import as_bits, of_bits
+
 # Query rows per chunk, and into how many groups a dense layer's chunks fall: measured on CPU.
 # Shorter chunks starve the matrix products, longer ones fall out of the cache. G groups compute
 # (G + 1) / 2G of the L x L scores (8: 56 %), and each adds to the time of compilation.
@@ -153,9 +155,9 @@ def _forward(window, dropout, q_blhk, k_bshk, v_bshk, key_b):
     return carry, (o_bhlk.astype(q_bhlk.dtype), max_bhl + jnp.log(sum_bhl))
 
   _, (o_ibhlk, lse_ibhl) = _scan_chunks(chunk, (), L, window, _by_chunk(q_blhk, rows))
-  o_blhk = checkpoint_name(_by_row(o_ibhlk, L), ATTENDED)
+  o_blhk = checkpoint_name(as_bits(_by_row(o_ibhlk, L)), ATTENDED)
   lse_ibhl = checkpoint_name(lse_ibhl, ATTENDED)
-  return o_blhk, (q_blhk, k_bshk, v_bshk, key_b, o_blhk, lse_ibhl)
+  return of_bits(o_blhk), (q_blhk, k_bshk, v_bshk, key_b, o_blhk, lse_ibhl)
 
 
 def _backward(window, dropout, saved, do_blhk):
@@ -163,7 +165,7 @@ def _backward(window, dropout, saved, do_blhk):
   L, H, K = q_blhk.shape[1:]
   rows, _ = _groups(L, window)
   k_all, v_all = _by_head(k_bshk, rows), _by_head(v_bshk, rows)
-  delta_blh = (do_blhk.astype(jnp.float32) * o_blhk).sum(-1, keepdims=True)
+  delta_blh = (do_blhk.astype(jnp.float32) * of_bits(o_blhk)).sum(-1, keepdims=True)
 
   # Keys before queries, [s, l]: with [l, s] XLA's CPU backend has no fast product for dk and dv.
   def chunk(grads, query_l, start, S, x):

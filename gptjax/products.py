@@ -21,6 +21,19 @@ Multiply = Callable[..., jax.Array]
 OPERAND = 'operand'  # the name by which a remat policy knows what a product keeps
 
 
+def as_bits(x: jax.Array) -> jax.Array:
+  """An array to keep: bf16 as integers, since of bf16 in a loop XLA's CPU backend keeps an f32."""
+  spec = jax.typeof(x).sharding.spec
+  if x.dtype != jnp.bfloat16 or spec.reduced or spec.unreduced:  # JAX 0.10 takes no bits of these
+    return x
+  return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def of_bits(x: jax.Array) -> jax.Array:
+  """What `as_bits` was given."""
+  return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
 def plainly(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):
   """As XLA does it: what every other way must equal."""
   _, weight, _ = split(subscripts)
@@ -52,11 +65,11 @@ def in_bf16(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | N
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
   def forward(x, w):
-    x = checkpoint_name(_bits(_bf16(x)), OPERAND)
-    return dot(subscripts, _of_bits(x), _bf16(w), out_sharding=out_sharding), x
+    x = checkpoint_name(as_bits(_bf16(x)), OPERAND)
+    return dot(subscripts, of_bits(x), _bf16(w), out_sharding=out_sharding), x
 
   def backward(saved, dy):
-    x, w = _of_bits(saved[0]), saved[1]
+    x, w = of_bits(saved[0]), saved[1]
     dy = _bf16(dy)
     dx = dot(f'{out},{weight}->{rows}', dy, _bf16(w), out_sharding=of_x)
     dw = dot(f'{rows},{out}->{weight}', _standing(x), dy, out_sharding=of_w)
@@ -73,18 +86,6 @@ def in_bf16(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | N
 
 def _bf16(x):
   return x.astype(jnp.bfloat16)
-
-
-def _bits(x):
-  """bf16 to keep, as integers: of bf16 that a loop stacks XLA's CPU backend makes f32 and back."""
-  spec = jax.typeof(x).sharding.spec
-  if spec.reduced or spec.unreduced:  # which JAX 0.10 has no integers of
-    return x
-  return jax.lax.bitcast_convert_type(x, jnp.uint16)
-
-
-def _of_bits(x):
-  return x if x.dtype == jnp.bfloat16 else jax.lax.bitcast_convert_type(x, jnp.bfloat16)
 
 
 def _cotangent(x):
