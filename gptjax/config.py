@@ -268,8 +268,9 @@ def _dtype(config, platform) -> jnp.dtype:
 
 
 def _numerics(platform, dtype, attend, remat, apart, dropout) -> Numerics:
-  if platform == 'cpu' and dtype == jnp.bfloat16:
-    multiply, between = products.in_bf16, jnp.dtype('float32')
+  if platform == 'cpu':
+    multiply = products.in_bf16 if dtype == jnp.bfloat16 else products.in_f32
+    between = jnp.dtype('float32')
   else:
     multiply, between = products.by_parts if platform == 'gpu' else products.plainly, dtype
   return Numerics(dtype, between, attend, multiply, remat, apart, dropout)

@@ -56,22 +56,37 @@ def in_bf16(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | N
   """For a CPU: bf16 by bf16 is f32, in the gradients too; x is f32, as all between products is.
 
   XLA's CPU backend makes bf16 of a product's result, and of what follows it, more slowly than it
-  multiplies; and it has fast products of bf16 only where their result is f32 and the dim that is
-  summed over is the first operand's last.
+  multiplies; and it has fast products of bf16 only where their result is f32.
+  """
+  return _lying_well(jnp.bfloat16, subscripts, x, param, out_sharding)
+
+
+def in_f32(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):
+  """For a CPU: `plainly` in f32, with gradients that are fast products."""
+  return _lying_well(jnp.float32, subscripts, x, param, out_sharding)
+
+
+def _lying_well(dtype, subscripts, x, param, out_sharding):
+  """The product of f32, multiplied in a dtype, with operands as XLA's CPU backend wants them.
+
+  It has fast products only where the dim that is summed over is the first operand's last, and
+  leaves to itself it finds another way for some gradients.
   """
   rows, weight, out = split(subscripts)
   w = use(param, weight, x.dtype)  # in f32, as its gradient is
   of_x, of_w = _cotangent(x), _cotangent(w)
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  cast = lambda a: a.astype(dtype)
 
   def forward(x, w):
-    x = checkpoint_name(as_bits(_bf16(x)), OPERAND)
-    return dot(subscripts, of_bits(x), _bf16(w), out_sharding=out_sharding), x
+    x = cast(x)
+    if dtype == jnp.bfloat16:  # an f32 is as large as what it is made again from
+      x = checkpoint_name(as_bits(x), OPERAND)
+    return dot(subscripts, of_bits(x), cast(w), out_sharding=out_sharding), x
 
   def backward(saved, dy):
-    x, w = of_bits(saved[0]), saved[1]
-    dy = _bf16(dy)
-    dx = dot(f'{out},{weight}->{rows}', dy, _bf16(w), out_sharding=of_x)
+    x, w, dy = of_bits(saved[0]), saved[1], cast(dy)
+    dx = dot(f'{out},{weight}->{rows}', dy, cast(w), out_sharding=of_x)
     dw = dot(f'{rows},{out}->{weight}', _standing(x), dy, out_sharding=of_w)
     return dx, dw
 
@@ -82,10 +97,6 @@ def in_bf16(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | N
   multiply = jax.custom_vjp(lambda x, w: forward(x, w)[0])
   multiply.defvjp(keep, backward)
   return multiply(x, w)
-
-
-def _bf16(x):
-  return x.astype(jnp.bfloat16)
 
 
 def _cotangent(x):

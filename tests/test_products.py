@@ -1,5 +1,7 @@
 """Each way to multiply is an einsum: its values, its gradients, on any mesh."""
 
+import re
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -50,7 +52,9 @@ def on_mesh(multiply, subscripts, x, w):
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
 @pytest.mark.parametrize('subscripts', OF_A_BLOCK.values())
 @pytest.mark.parametrize(
-  'multiply', [products.plainly, products.by_parts, products.in_bf16], ids=lambda m: m.__name__
+  'multiply',
+  [products.plainly, products.by_parts, products.in_bf16, products.in_f32],
+  ids=lambda m: m.__name__,
 )
 def test_a_product_is_an_einsum_and_so_are_its_gradients(multiply, subscripts, mesh):
   x, w = operands(subscripts)
@@ -90,6 +94,19 @@ def test_bf16_is_multiplied_as_such_and_summed_in_f32():
   for dot in dots:
     assert [v.aval.dtype for v in dot.invars] == [jnp.bfloat16] * 2
     assert [v.aval.dtype for v in dot.outvars] == [jnp.float32]
+
+
+@pytest.mark.parametrize('subscripts', OF_A_BLOCK.values())
+@pytest.mark.parametrize('multiply', [products.in_bf16, products.in_f32], ids=lambda m: m.__name__)
+def test_a_cpu_has_the_first_operand_of_each_product_as_it_wants_it(multiply, subscripts):
+  """Summed over its last dim. Of the plain einsum's gradients in f32 two are not."""
+  x, w = operands(subscripts, b=1, l=128, d=64, h=8, k=32, f=256)
+  with small.on():
+    squares = lambda x, w: (multiply(subscripts, x, nnx.Param(w)) ** 2).sum()
+    text = jax.jit(jax.grad(squares, (0, 1))).lower(x, w).compile().as_text()
+  dots = re.findall(r'f32\[([\d,]+)\]\S* dot\(.*lhs_contracting_dims=\{([\d,]+)\}', text)
+  assert len(dots) == 3
+  assert all(summed == '1' for _, summed in dots)
 
 
 def eqns(jaxpr):
