@@ -34,16 +34,20 @@ def options(platform: str) -> dict[str, bool | int | str] | None:
 
 def fix_order(deterministic: bool) -> None:
   """Has XLA leave out, if it is wanted, what adds in any order on a GPU, before JAX starts one."""
-  words = os.environ.get('XLA_FLAGS', '').split()
+  words = _said('XLA_FLAGS').split()
   if deterministic and ORDERED not in words:
     os.environ['XLA_FLAGS'] = ' '.join([*words, ORDERED])
 
 
 def flags(variable: str) -> str:
-  """What the user says in a variable, sorted, or in the file that XLA_FLAGS may name instead."""
-  text = os.environ.get(variable, '').strip()
-  if text and not text.startswith('-'):
-    path = pathlib.Path(text)
-    text = path.read_text() if path.is_file() else text
+  """What the user says in a variable, sorted."""
   # How many devices a CPU shall be says nothing that the mesh does not.
-  return ' '.join(sorted(w for w in text.split() if 'host_platform_device_count' not in w))
+  words = _said(variable).split()
+  return ' '.join(sorted(w for w in words if 'host_platform_device_count' not in w))
+
+
+def _said(variable):
+  """The text of a variable, or of the file that it may name instead."""
+  text = os.environ.get(variable, '').strip()
+  path = pathlib.Path(text)
+  return path.read_text() if text and not text.startswith('-') and path.is_file() else text

@@ -59,10 +59,13 @@ def test_options_reach_the_compiler(monkeypatch):
     ahead.step(run, mesh).lower(*ahead.abstract_arguments(run)).compile()
 
 
-def test_one_order_of_sums_is_a_flag_that_is_asked_for_once(monkeypatch):
-  monkeypatch.setenv('XLA_FLAGS', '--a=1')
+@pytest.mark.parametrize('in_a_file', [False, True])
+def test_one_order_of_sums_is_a_flag_that_is_asked_for_once(monkeypatch, tmp_path, in_a_file):
+  (tmp_path / 'flags').write_text('--a=1\n')
+  said = str(tmp_path / 'flags') if in_a_file else '--a=1'
+  monkeypatch.setenv('XLA_FLAGS', said)
   compiler.fix_order(False)
-  assert os.environ['XLA_FLAGS'] == '--a=1'
+  assert os.environ['XLA_FLAGS'] == said
   for _ in range(2):
     compiler.fix_order(True)
     assert os.environ['XLA_FLAGS'] == '--a=1 --xla_gpu_deterministic_ops=true'
