@@ -219,6 +219,7 @@ def test_processes_that_differ_are_refused(corpus, tmp_path, free_port, start_py
   assert not (tmp_path / 'metrics.jsonl').exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_that_a_process_does_not_see_is_told(corpus, tmp_path, free_port, start_python):
   """Its path is the same for all, and leads to another folder in one."""
   at, processes = f'127.0.0.1:{free_port()},2', []

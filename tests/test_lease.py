@@ -174,6 +174,7 @@ def test_a_write_that_took_long_counts_from_when_it_began(tmp_path, monkeypatch)
   assert not first._write(holds=True)  # 0.6 s after the last one began, though 0.3 s after it ended
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_one_after_a_kill_goes_on(
   straight, corpus, tmp_path, start_python, run_python
 ):

@@ -27,6 +27,7 @@ def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(
   assert [r['sequences'] for r in records(tmp_path, 'start')] == [0, last]
 
 
+@pytest.mark.slow
 def test_saves_that_fail_are_told_and_tried_again(corpus, tmp_path, monkeypatch, capsys):
   real, failures = integrity.write_list, [True, True]
 
@@ -58,6 +59,7 @@ def test_a_run_accounts_for_its_time(corpus, tmp_path):
   assert spent['down'] == spent['repeated'] == spent['skipped'] == 0
 
 
+@pytest.mark.slow
 def test_lost_steps_are_counted_when_they_are_taken_again(corpus, tmp_path, start_python):
   process = start_python(args(tmp_path, corpus, save__every_tokens=0.0))
   wait_for_records(tmp_path, process, 7)

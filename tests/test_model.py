@@ -169,7 +169,7 @@ def test_each_policy_is_another_program_and_all_but_none_gather_again():
   assert layouts['none'] < min(layouts[remat] for remat in REMAT if remat != 'none')
 
 
-@pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize('mesh', [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_layers_apart_are_layers_in_a_loop(mesh):
   shape = dataclasses.replace(small.SHAPE, n_layers=5)  # two periods, and a layer left over
   results, loops = [], []

@@ -119,6 +119,7 @@ def test_help_is_for_its_own_options_too(run_python):
   assert '--topology=…' in told.stdout and 'Add --config' in told.stdout
 
 
+@pytest.mark.slow
 def test_a_topology_comes_before_all_else(run_python):
   command = ['-m', 'gptjax.plan', '--config=configs/gpt3.py:125m']
   assert 'error: --topology: got' in run_python(command, timeout=60, code=2).stderr

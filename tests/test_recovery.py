@@ -102,6 +102,7 @@ def test_rollbacks_end_and_the_run_says_why(poisoned, corpus, tmp_path):
   assert records(tmp_path)[-1]['sequences'] == 480
 
 
+@pytest.mark.slow
 def test_what_is_skipped_is_skipped_from_any_checkpoint(corpus, tmp_path):
   """A run that stops within the stretch, before and behind it."""
   skip = {'skip_sequences': '100-130,200-239'}

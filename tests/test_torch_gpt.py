@@ -41,7 +41,8 @@ def ours(rows):
   return jax.tree.map(np.asarray, (loss, grads, after['params']))
 
 
-@pytest.mark.parametrize('rows', [6, 4])  # 4: the second slice is not full
+# 4: the second slice is not full.
+@pytest.mark.parametrize('rows', [pytest.param(6, marks=pytest.mark.slow), 4])
 def test_loss_gradients_and_a_step_are_ours(rows):
   params, token_gbl = start()
   loss, grads, after = ours(rows)

@@ -333,6 +333,7 @@ def test_a_damaged_checkpoint_loses_nothing(straight, corpus, tmp_path, capsys):
   assert last == pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_mixture_goes_on_through_a_change_of_its_weights(corpus, tmp_path, monkeypatch):
   """Each sequence fed is that of the mixture; validation is of each source and of their mean."""
   other = make_corpus(tmp_path / 'other', [argparse, dataclasses])
