@@ -3,16 +3,18 @@
 For each it compiles the training step for the machine and the first mesh of `benchmarks.plans`, one
 sequence for each part of the mesh, and prints a table in Markdown: the FLOPs of the program, its
 loops counted out, beside those of the model. What does not fit has half the layers, and all else
-the same. Nothing is run.
+the same. Nothing is run. With `--lowered` nothing is compiled either: it tells how long it takes to
+trace and lower each.
 """
 
 import argparse
+import time
 
 import jax
 
 from benchmarks import plans
 from configs import gpt3
-from gptjax import cost, machines, plan, search, sharding
+from gptjax import ahead, cost, machines, plan, search, sharding
 from gptjax.ahead import DoesNotFit
 from gptjax.cost import Plan
 from gptjax.errors import mistake, told_plainly
@@ -76,6 +78,20 @@ def row(made: Plan, size: str) -> str:
   return '| ' + ' | '.join(cells) + ' |\n'
 
 
+def lowered(a: argparse.Namespace, size: str, machine: Machine) -> str:
+  """How long it takes to trace and lower the step of a size, in a line."""
+  c = gpt3.get_config(size)
+  c.compute.layers = a.layers
+  run = plan.changed(c, search.Settings(mesh_of(a, size, machine), 1, a.remat[0]), machine.devices)
+  mesh = sharding.make_mesh(**run.mesh, devices=machine.devices, across=run.across)
+  with jax.set_mesh(mesh):
+    step, arguments = ahead.step(run, mesh), ahead.abstract_arguments(run)
+    start = time.perf_counter()
+    lines = step.lower(*arguments).as_text().count('\n')
+    took = time.perf_counter() - start
+  return f'{size:6}{run.program.shape.n_layers:4} layers{took:8.2f} s{lines:8,} lines'
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--sizes', nargs='+', choices=plans.MACHINES, default=[*plans.MACHINES])
@@ -83,11 +99,15 @@ def main() -> None:
   parser.add_argument('--mesh', nargs=4, type=int, metavar='N', help='of stage data fsdp tensor')
   parser.add_argument('--remat', nargs='+', choices=REMAT, default=['none', 'full'])
   parser.add_argument('--layers', choices=('auto', 'loop', 'apart'), default='auto')
+  parser.add_argument('--lowered', action='store_true', help='only trace and lower')
   a = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
   head = HEAD
   for size in a.sizes:
     machine = machines.find(a.topology or plans.MACHINES[size][0])
+    if a.lowered:
+      print(lowered(a, size, machine), flush=True)
+      continue
     for remat in a.remat:
       print(head + row(compiled(a, size, machine, remat), size), end='', flush=True)
       head = ''
