@@ -123,11 +123,17 @@ def _nll(x_bld, label_bl, e_vd, vocab_size):
 
 def _by_sums(logit_blv, label_bl):
   """Both from the log-sum-exp and the logit of the label."""
-  gold_blv = jnp.where(_hits(logit_blv, label_bl), logit_blv, 0)
-  return _from(jax.nn.logsumexp(logit_blv, -1), gold_blv.sum(-1), logit_blv, label_bl)
+  lse_bl = jax.nn.logsumexp(logit_blv, -1)
+  return _from(lse_bl, _gold(logit_blv, label_bl), logit_blv, label_bl)
+
+
+def _gold(logit_blv, label_bl):
+  """The logit of each label [b, l], found among zeros."""
+  return jnp.where(_hits(logit_blv, label_bl), logit_blv, 0).sum(-1)
 
 
 def _from(lse_bl, gold_bl, logit_blv, label_bl):
+  """What `_nll` returns, from the log-sum-exp and the logit of the label."""
   return lse_bl - gold_bl, jnp.exp(logit_blv - lse_bl[..., None]) - _hits(logit_blv, label_bl)
 
 
@@ -162,7 +168,7 @@ def _in_one_pass(logit_blv, label_bl):
 
   pairs = jnp.maximum(logit_blv, least), jnp.ones_like(logit_blv)
   top_bl, sum_bl = lax.reduce(pairs, (least, jnp.zeros_like(least)), join, (2,))
-  gold_bl = jnp.where(_hits(logit_blv, label_bl), logit_blv, 0).sum(-1)
+  gold_bl = _gold(logit_blv, label_bl)
   # A barrier: XLA would take gold's sum together with the gradient, which is then half as fast.
   lse_bl, gold_bl = lax.optimization_barrier((top_bl + jnp.log(sum_bl), gold_bl))
   return _from(lse_bl, gold_bl, logit_blv, label_bl)
