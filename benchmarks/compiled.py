@@ -78,18 +78,18 @@ def row(made: Plan, size: str) -> str:
   return '| ' + ' | '.join(cells) + ' |\n'
 
 
-def lowered(a: argparse.Namespace, size: str, machine: Machine) -> str:
+def lowered(a: argparse.Namespace, size: str, machine: Machine, remat: str) -> str:
   """How long it takes to trace and lower the step of a size, in a line."""
   c = gpt3.get_config(size)
   c.compute.layers = a.layers
-  run = plan.changed(c, search.Settings(mesh_of(a, size, machine), 1, a.remat[0]), machine.devices)
-  mesh = sharding.make_mesh(**run.mesh, devices=machine.devices, across=run.across)
+  run = plan.changed(c, search.Settings(mesh_of(a, size, machine), 1, remat), machine.devices)
+  mesh = run.make_mesh(machine.devices)
   with jax.set_mesh(mesh):
     step, arguments = ahead.step(run, mesh), ahead.abstract_arguments(run)
     start = time.perf_counter()
     lines = step.lower(*arguments).as_text().count('\n')
     took = time.perf_counter() - start
-  return f'{size:6}{run.program.shape.n_layers:4} layers{took:8.2f} s{lines:8,} lines'
+  return f'{size:6}{run.program.shape.n_layers:4} layers, {remat:7}{took:8.2f} s{lines:8,} lines'
 
 
 def main() -> None:
@@ -105,10 +105,10 @@ def main() -> None:
   head = HEAD
   for size in a.sizes:
     machine = machines.find(a.topology or plans.MACHINES[size][0])
-    if a.lowered:
-      print(lowered(a, size, machine), flush=True)
-      continue
     for remat in a.remat:
+      if a.lowered:
+        print(lowered(a, size, machine, remat), flush=True)
+        continue
       print(head + row(compiled(a, size, machine, remat), size), end='', flush=True)
       head = ''
 

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import against
-from gptjax import files, flags, report, schedule, sharding
+from gptjax import files, flags, report, schedule
 from gptjax.config import resolve
 from gptjax.data import loader
 from gptjax.data.corpora import open_all
@@ -43,7 +43,7 @@ def windows(words: Sequence[str], count: int) -> tuple[np.ndarray, list[int], li
   mixed = Mixture([Stage(0, corpora.stage)])
   stream, mesh = (
     corpora.stream(mixed, run.program.seed),
-    sharding.make_mesh(**run.mesh, devices=devices),
+    run.make_mesh(devices),
   )
   steps = [*itertools.islice(run.ramp.steps(0, 0, run.skipped), count)]
   if len(steps) < count:

@@ -18,27 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.train_step import seconds
-from gptjax import kernels, machines, products, sharding, sizes
+from configs import gpt3
+from gptjax import machines, sharding
+from gptjax.config import Run, resolve
 from gptjax.errors import told_plainly
-from gptjax.model import Numerics
-from gptjax.optimizer import AdamW
-from gptjax.stability import Guard
+from gptjax.model import REMAT
 from gptjax.step import Batch, Program
 
 SLICES = (2, 4, 8, 16, 32)
 
 
-def program_of(a: argparse.Namespace, devices) -> Program:
-  """The model to cut into stages."""
-  windows = (None, a.context // 8)
+def run_of(a: argparse.Namespace, devices) -> Run:
+  """The model to cut into stages, and its mesh."""
+  c = gpt3.get_config()
   D = a.width
-  shape = sizes.Shape(a.layers, D, D // 64, 64, 4 * D, a.context, a.vocab, windows)
-  dtype = jnp.dtype('float32' if devices[0].platform == 'cpu' else 'bfloat16')
-  attend = kernels.choose('auto', devices, shape, dtype, 0.0)
-  numerics = Numerics(
-    dtype, dtype, attend, products.plainly, remat=a.remat, apart=False, dropout=0.0
-  )
-  return Program(shape, numerics, AdamW(0.9, 0.95, 1e-8, 0.1, 1.0), a.context, 0, Guard(10.0, 128))
+  c.model.update(n_layers=a.layers, d_model=D, n_heads=D // 64, d_head=64, d_ff=4 * D)
+  c.model.update(context=a.context, window=a.context // 8, vocab_size=a.vocab)
+  c.train_tokens = 1e9  # short contexts would make too many sequences of 300e9
+  c.mesh.stage, c.mesh.fsdp = a.stages, a.fsdp
+  c.batch.sequences, c.batch.ramp_tokens = max(SLICES) * a.fsdp, 0.0
+  c.compute.update(microbatch=1, remat=a.remat, loss_chunk=a.context)
+  return resolve(c, devices)
 
 
 def lowered(program: Program, schedule: str, slices: int, rows: int):
@@ -99,22 +99,20 @@ def main() -> None:
   parser.add_argument('--width', type=int, default=256)
   parser.add_argument('--context', type=int, default=256)
   parser.add_argument('--vocab', type=int, default=4096)
-  parser.add_argument('--remat', default='full')
+  parser.add_argument('--remat', choices=REMAT, default='full')
   parser.add_argument('--repeats', type=int, default=3)
   a = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
   devices = machines.find(a.aot).devices if a.aot else jax.devices()
   devices = devices[: a.stages * a.fsdp]
-  program = program_of(a, devices)
-  sharding.check(
-    program.shape, {'stage': a.stages, 'data': 1, 'fsdp': a.fsdp, 'tensor': 1}, len(devices)
-  )
+  run = run_of(a, devices)
+  program = run.program
   print(
     f'{program.shape.n_params:,} parameters, {a.stages} stages × {a.fsdp} fsdp, '
     f'{a.fsdp} × {a.context} tokens a slice, {program.numerics.dtype.name}, '
     f'remat {a.remat}, on {devices[0].device_kind}'
   )
-  with jax.set_mesh(sharding.make_mesh(1, a.fsdp, 1, devices, stage=a.stages)):
+  with jax.set_mesh(run.make_mesh(devices)):
     (memory if a.aot else bubble)(a, program)
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from configs import gpt3
-from gptjax import ahead, checkpoint, sharding
+from gptjax import ahead, checkpoint
 from gptjax.config import resolve
 from gptjax.errors import told_plainly
 
@@ -32,7 +32,7 @@ def main() -> None:
   c.compute.microbatch, c.batch.ramp_tokens = 1, 0.0
   c.batch.sequences = len(jax.devices())
   run = resolve(c, jax.devices())
-  mesh = sharding.make_mesh(**run.mesh)
+  mesh = run.make_mesh()
   seconds = {'step': [], 'held up': [], 'until it is on disk': [], 'read and checked': []}
 
   def timed(name, function, *args):

@@ -43,7 +43,7 @@ def main() -> None:
     for tensor in (2, 4, 8):
       print(f'{remat:10}{tensor:8}', end='', flush=True)
       run = run_of(a, devices, remat, tensor)
-      mesh = sharding.make_mesh(**run.mesh, devices=devices)
+      mesh = run.make_mesh(devices)
       for sharding.COMPUTE['t'] in (None, split):
         held = ahead.compile_step(run, mesh).memory_analysis().temp_size_in_bytes
         print(f'{held / 1e6:12,.0f}', end='', flush=True)

@@ -71,6 +71,10 @@ class Run:
   init_from: str  # where new weights come from; '': they are drawn
   compiled: str  # a file with the compiled step; '': it is compiled at the start
 
+  def make_mesh(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """Its mesh, over all devices or over those that it was checked against."""
+    return sharding.make_mesh(**self.mesh, devices=devices, across=self.across)
+
 
 def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
   """Checks a training config against the devices it shall run on.

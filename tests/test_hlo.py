@@ -168,7 +168,7 @@ def test_collectives_of_a_real_machine_are_those_of_theory(topology):
   c.mesh.fsdp = c.mesh.tensor = 2
   c.compute.remat, c.compute.loss_chunk = 'none', c.model.context
   run = resolve(c, machine.devices)
-  mesh = sharding.make_mesh(**run.mesh, devices=machine.devices)
+  mesh = run.make_mesh(machine.devices)
   text = ahead.compile_step(run, mesh).as_text()
   each, besides = (hlo.read(text, run.mesh, trips) for trips in (1, 0))
   least = assert_are_those_of_theory(each, besides, run.program.shape, rows=4, itemsize=2)

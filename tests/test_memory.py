@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from gptjax import ahead, memory, sharding
+from gptjax import ahead, memory
 from tests import plans, small
 
 
@@ -41,7 +41,7 @@ def test_remat_keeps_less():
   kept = []
   for remat in ('none', 'weights', 'dots', 'full'):
     numerics = dataclasses.replace(run.program.numerics, remat=remat)
-    with jax.set_mesh(sharding.make_mesh(**run.mesh)):
+    with jax.set_mesh(run.make_mesh()):
       program = dataclasses.replace(run.program, numerics=numerics)
       kept.append(memory.kept_activations(dataclasses.replace(run, program=program)))
   assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
@@ -49,6 +49,6 @@ def test_remat_keeps_less():
 
 def test_a_pipeline_keeps_its_inputs():
   run = plans.run_of(mesh__stage=2, mesh__data=4, model__n_layers=4, compute__microbatch=2)
-  with jax.set_mesh(sharding.make_mesh(**run.mesh)):
+  with jax.set_mesh(run.make_mesh()):
     inputs = 3 * 2 * 32 * 32 * 4  # of two stages, two rows of 32 tokens of width 32 in f32
     assert memory.kept_activations(run) == inputs
