@@ -85,7 +85,7 @@ def lowered(a: argparse.Namespace, size: str, machine: Machine, remat: str) -> s
   run = plan.changed(c, search.Settings(mesh_of(a, size, machine), 1, remat), machine.devices)
   mesh = run.make_mesh(machine.devices)
   with jax.set_mesh(mesh):
-    step, arguments = ahead.step(run, mesh), ahead.abstract_arguments(run)
+    step, arguments = ahead.jitted(run, mesh), ahead.abstract_arguments(run)
     start = time.perf_counter()
     lines = step.lower(*arguments).as_text().count('\n')
     took = time.perf_counter() - start

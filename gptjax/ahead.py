@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -75,13 +76,26 @@ def _cut(entry: bytes) -> bool:
 
 
 def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
-  """What to call as `Program.train_step`: from the run's file, or compiled by its first call."""
+  """What to call as `Program.train_step`: from the run's file, or compiled from now on.
+
+  That is done in a thread, while the caller makes or restores a state; the first call waits for it,
+  and raises what the compiler raised.
+  """
   if run.compiled:
     return load(run.compiled, run, mesh)
-  return hosts.compiled_by_all(_jitted(run, mesh))
+
+  def compile_():
+    with jax.set_mesh(mesh):  # a thread has a mesh of its own
+      return jitted(run, mesh).lower(*abstract_arguments(run)).compile()
+
+  compiling = futures.ThreadPoolExecutor(1, 'compiling')
+  compiled = compiling.submit(compile_)
+  compiling.shutdown(wait=False)
+  return hosts.called_together(lambda *_: compiled.result())
 
 
-def _jitted(run, mesh):
+def jitted(run: Run, mesh: jax.sharding.Mesh) -> Callable:
+  """The step, compiled by its first call."""
   options = compiler.options(mesh.devices.flat[0].platform)
   return jax.jit(run.program.train_step, donate_argnums=0, compiler_options=options)
 
@@ -94,7 +108,7 @@ def compile_step(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
     Mistake: with the compiler's own words, where it refuses for another reason.
   """
   with jax.set_mesh(mesh), _refusals_told(), _anew():
-    return _jitted(run, mesh).lower(*abstract_arguments(run)).compile()
+    return jitted(run, mesh).lower(*abstract_arguments(run)).compile()
 
 
 @contextlib.contextmanager

@@ -190,18 +190,23 @@ def all_say(mine: str) -> list[str]:
 
 
 def compiled_by_all(jitted: Callable) -> Callable:
-  """The same function of one kind of arguments, called when all processes have compiled it.
+  """The same function of one kind of arguments, called when all processes have compiled it."""
+  if jax.process_count() == 1:
+    return jitted
+  return called_together(lambda *args: jitted.lower(*args).compile())
+
+
+def called_together(compiled_for: Callable[..., Callable]) -> Callable:
+  """The function that `compiled_for` gives for its first arguments, when all processes have it.
 
   Gloo waits for half a minute (jax-ml/jax issue 40831), and a compilation may take longer.
   """
-  if jax.process_count() == 1:
-    return jitted
   compiled = None
 
   def call(*args):
     nonlocal compiled
     if not compiled:
-      compiled = jitted.lower(*args).compile()
+      compiled = compiled_for(*args)
       meet()
     return compiled(*args)
 

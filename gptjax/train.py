@@ -134,7 +134,6 @@ def go_on(
       stages.append(Stage(start, corpora.stage))
     mixed = Mixture(stages)
     mesh = run.make_mesh()
-    train_step = ahead.step(run, mesh)
     skipped = skips.union([*run.skipped, *(range(r.start, r.stop) for r in rollbacks)])
     hosts.say(summary.describe(run, mesh, corpora, mixed, start, taken, skipped))
     for change in changed:
@@ -158,6 +157,7 @@ def go_on(
       'stages': [dataclasses.asdict(stage) for stage in stages],
       'names': corpora.names | names,
     }
+    train_step = ahead.step(run, mesh)
     with jax.set_mesh(mesh):
       restoring = time.perf_counter()
       if start:

@@ -56,7 +56,10 @@ def test_options_reach_the_compiler(monkeypatch):
   with pytest.raises(Mistake, match='xla_no_such_option'):
     ahead.compile_step(run, mesh)
   with jax.set_mesh(mesh), pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
-    ahead.step(run, mesh).lower(*ahead.abstract_arguments(run)).compile()
+    ahead.jitted(run, mesh).lower(*ahead.abstract_arguments(run)).compile()
+  step = ahead.step(run, mesh)  # whose thread is refused too, and who calls is told
+  with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
+    step()
 
 
 @pytest.mark.parametrize('in_a_file', [False, True])
