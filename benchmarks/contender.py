@@ -32,28 +32,25 @@ class Ours:
   library = 'jax'
 
   def __init__(self, job: Mapping):
-    import jax
-
-    from gptjax import flags, sharding
+    from gptjax import flags, process
     from gptjax.config import resolve
 
-    self.device = jax.devices()[0]
+    self.device = process.devices()[0]
     self.kind = self.device.device_kind
-    self.program = resolve(flags.parse(['', *job['words']]), [self.device]).program
-    self.mesh = sharding.make_mesh(1, 1, 1, [self.device])
+    self.run = resolve(flags.parse(['', *job['words']]), [self.device])
+    self.program, self.mesh = self.run.program, self.run.make_mesh([self.device])
 
   def begin(self, params: dict) -> None:
     """Takes weights, and makes the rest of a state."""
     import jax
 
-    from gptjax import compiler
+    from gptjax import ahead
 
+    self.train_step = ahead.step(self.run, self.mesh)
     with jax.set_mesh(self.mesh):
       like = self.program.abstract_state()['params']
       params = jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), params, like)
       self.state = jax.jit(self.program.begin, donate_argnums=0)(params)
-    options = compiler.options(self.device.platform)
-    self.train_step = jax.jit(self.program.train_step, donate_argnums=0, compiler_options=options)
 
   def put(self, token_gbl: np.ndarray, rows: int, lr: float) -> tuple:
     """The arguments of a step."""
@@ -67,10 +64,7 @@ class Ours:
 
   def step(self, args: tuple):
     """Takes a step and returns its loss, a scalar that may still be computed."""
-    import jax
-
-    with jax.set_mesh(self.mesh):
-      self.state, measured = self.train_step(self.state, *args)
+    self.state, measured = self.train_step(self.state, *args)
     return measured['loss']
 
   def finish(self) -> None:

@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax import checkpoint, compiler, files, hosts, sharding
+from gptjax import checkpoint, compiler, files, hosts, process, sharding
 from gptjax.config import Run
 from gptjax.data import dataset
 from gptjax.errors import Mistake, mistake, told_as
@@ -91,7 +91,13 @@ def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
   compiling = futures.ThreadPoolExecutor(1, 'compiling')
   compiled = compiling.submit(compile_)
   compiling.shutdown(wait=False)
-  return hosts.called_together(lambda *_: compiled.result())
+
+  def made(*_):
+    result = compiled.result()
+    process.give_memory_back()  # what compiling took, and what making the state did
+    return result
+
+  return hosts.called_together(made)
 
 
 def jitted(run: Run, mesh: jax.sharding.Mesh) -> Callable:

@@ -49,7 +49,7 @@ def main(config: ConfigDict) -> None:
   compiler.fix_order(config.deterministic)
   found = hosts.join(config.hosts)
   with told_as('devices', 'one that JAX finds', 'another JAX_PLATFORMS', RuntimeError):
-    devices = jax.devices()
+    devices = process.devices()
   if found:
     hosts.say(f'hosts    {jax.process_count()}, {found}')
   code = 0
