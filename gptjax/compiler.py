@@ -13,6 +13,11 @@ SAID_IN = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
 # By platform, because no compiler takes an option of another. A GPU's has none: collectives go on
 # beside work by themselves, and benchmarks/NOTES.md has what was tried.
 OPTIONS = {
+  'cpu': {
+    # By default it begins early what waits for nothing, as filling the arrays that a loop stacks
+    # gradients in with zeros, which are then held all through the forward pass.
+    'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED',
+  },
   'tpu': {
     # Weights are gathered beside work on v5p too; either of the two alone changes nothing there.
     'xla_enable_async_all_gather': True,
