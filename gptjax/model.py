@@ -16,7 +16,7 @@ from jax.sharding import reshard
 from gptjax.attention import ATTENDED
 from gptjax.cache import Cache
 from gptjax.errors import mistake
-from gptjax.products import OPERAND, Multiply
+from gptjax.products import OPERAND, RESULT, Multiply
 from gptjax.sharding import (
   GATHERED,
   computed,
@@ -53,12 +53,12 @@ def keep_products(primitive, *operands, **params) -> bool:
   if primitive.name == 'reshard':
     return bool(operands[0].sharding.spec.unreduced)
   if primitive.name == 'name':
-    return params['name'] in (OPERAND, ATTENDED)
+    return params['name'] in (OPERAND, RESULT, ATTENDED)
   if primitive.name != 'dot_general' or _spreads(primitive, params):
     return False
   _, (batch, _) = params['dimension_numbers']
-  out = params['out_sharding']
-  return not batch and not (out and out.spec.unreduced)
+  out, wider = params['out_sharding'], params['preferred_element_type'] != operands[0].dtype
+  return not (batch or wider or out and out.spec.unreduced)
 
 
 def _spreads(primitive, params):

@@ -18,7 +18,8 @@ from gptjax.sharding import use
 
 Multiply = Callable[..., jax.Array]
 
-OPERAND = 'operand'  # the name by which a remat policy knows what a product keeps
+# The names by which a remat policy knows what a product keeps, and what is kept of a product.
+OPERAND, RESULT = 'operand', 'result'
 
 
 def as_bits(x: jax.Array) -> jax.Array:
@@ -53,10 +54,11 @@ def by_parts(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | 
 
 
 def in_bf16(subscripts: str, x: jax.Array, param: nnx.Param, out_sharding: P | None = None):
-  """For a CPU: bf16 by bf16 is f32, in the gradients too; x is f32, as all between products is.
+  """For a CPU: bf16 by bf16 in f32, in the gradients too; x is f32, as all between products is.
 
-  XLA's CPU backend makes bf16 of a product's result, and of what follows it, more slowly than it
-  multiplies; and it has fast products of bf16 only where their result is f32.
+  XLA's CPU backend computes what is between products in bf16 more slowly than in f32, and has fast
+  products of bf16 only where their result is f32. That is rounded, so that a remat policy can keep
+  half as much of it; a part of a sum over devices is not.
   """
   return _lying_well(jnp.bfloat16, subscripts, x, param, out_sharding)
 
@@ -82,7 +84,10 @@ def _lying_well(dtype, subscripts, x, param, out_sharding):
     x = cast(x)
     if dtype == jnp.bfloat16:  # an f32 is as large as what it is made again from
       x = checkpoint_name(as_bits(x), OPERAND)
-    return dot(subscripts, of_bits(x), cast(w), out_sharding=out_sharding), x
+    y = dot(subscripts, of_bits(x), cast(w), out_sharding=out_sharding)
+    if dtype == jnp.bfloat16 and not jax.typeof(y).sharding.spec.unreduced:
+      y = of_bits(checkpoint_name(as_bits(cast(y)), RESULT)).astype(y.dtype)
+    return y, x
 
   def backward(saved, dy):
     x, w, dy = of_bits(saved[0]), saved[1], cast(dy)

@@ -137,7 +137,7 @@ def test_other_code_versions_flags_or_devices_are_refused(one, monkeypatch):
     with pytest.raises(Mistake, match='flags.XLA_FLAGS .*wanted flags.XLA_FLAGS --xla_other=1 as'):
       ahead.load(str(path), run, mesh)
   with monkeypatch.context() as m:
-    m.setitem(compiler.OPTIONS, 'cpu', {'xla_cpu_enable_fast_min_max': True})
+    m.setitem(compiler.OPTIONS['cpu'], 'xla_cpu_enable_fast_min_max', True)
     with pytest.raises(Mistake, match='options.xla_cpu_enable_fast_min_max none.*max True as here'):
       ahead.load(str(path), run, mesh)
   turned = run.make_mesh(jax.devices()[::-1])
