@@ -154,7 +154,6 @@ class Race:
 
   def give(self, token_sgbl: np.ndarray, rows: Sequence[int], rates: Sequence[float]) -> None:
     """Says what the steps s read: windows in slices, how many rows of them count, their rates."""
-    self.slices = np.shape(token_sgbl)[1]
     for name, array in (('tokens', token_sgbl), ('rows', rows), ('rates', rates)):
       np.save(self.folder / f'{name}.npy', np.asarray(array))
 
@@ -167,12 +166,9 @@ class Race:
       products: how many large products to time before.
     """
     contender = CONTENDERS[name]
-    knobs = {'compute.dtype': contender.dtype}
-    if each:
-      knobs |= {'compute.microbatch': each, 'batch.sequences': each * self.slices}
     job = {
       **dataclasses.asdict(contender),
-      'words': [*self.words, *(f'--config.{name}={value}' for name, value in knobs.items())],
+      'words': [*self.words, f'--config.compute.dtype={contender.dtype}'],
       'shape': dataclasses.asdict(self.shape),
       'folder': str(self.folder),
       'platform': self.platform,

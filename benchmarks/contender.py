@@ -9,13 +9,14 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -31,13 +32,18 @@ class Ours:
 
   library = 'jax'
 
-  def __init__(self, job: Mapping):
+  def __init__(self, job: Mapping, size: Sequence[int] | None = None):
+    """`size` is slices of a step and rows of each; None: the config's."""
     from gptjax import flags, process
     from gptjax.config import resolve
 
     self.device = process.devices()[0]
     self.kind = self.device.device_kind
-    self.run = resolve(flags.parse(['', *job['words']]), [self.device])
+    config = flags.parse(['', *job['words']])
+    if size:
+      config.compute.microbatch, config.batch.sequences = size[1], math.prod(size)
+      config.batch.ramp_tokens = 0.0
+    self.run = resolve(config, [self.device])
     self.program, self.mesh = self.run.program, self.run.make_mesh([self.device])
 
   def begin(self, params: dict) -> None:
@@ -211,12 +217,12 @@ def work(job: Mapping, answer: Callable[[dict], None]) -> None:
   """Does a job, of `{'who': 'ours' or 'torch', …}`, and then steps as long as there is input."""
   if job['who'] == 'weights':
     return answer(draw(job))
-  contender = {'ours': Ours, 'torch': Torch}[job['who']](job)
-  version = importlib.metadata.version(contender.library)
   folder = pathlib.Path(job['folder'])
   token_sgbl, rows_s, lr_s = (np.load(folder / f'{n}.npy') for n in ('tokens', 'rows', 'rates'))
   token_sgbl = token_sgbl[:, :, : job['each'] or token_sgbl.shape[2]]
   rows_s = np.minimum(rows_s, token_sgbl.shape[1] * token_sgbl.shape[2])
+  contender = Ours(job, token_sgbl.shape[1:3]) if job['who'] == 'ours' else Torch(job)
+  version = importlib.metadata.version(contender.library)
   product = None
   if job['products']:
     calls = 1 if job['platform'] == 'cpu' else 20
