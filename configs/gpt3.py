@@ -104,8 +104,8 @@ def get_config(size: str = '125m') -> ConfigDict:
   c.compute.dtype = 'auto'  # float32 on CPU, bfloat16 elsewhere
   c.compute.attention = 'auto'  # chunked on CPU, cudnn on GPU, splash on TPU; or a name
   c.compute.remat = 'dots'  # none, weights, dots or full: from most memory to least
-  # loop: layers share one program; apart: each has its own, which takes longer to compile and is
-  # faster on a GPU; auto: apart on a GPU, if there are no more than 24.
+  # loop: layers share one program; apart: each has its own, which takes longer to compile and moves
+  # less memory; auto: apart if there are no more than 24, on a GPU, and without remat on a TPU.
   c.compute.layers = 'auto'
   c.compute.loss_chunk = 512  # positions whose logits are held at a time
   c.compute.compiled = ''  # a step that `gptjax.plan --save` compiled; '': compiled at the start

@@ -23,7 +23,7 @@ DTYPES = ('auto', 'float32', 'bfloat16')
 LAYERS = ('dense', 'banded')
 LEAST_EPS = 1e-30  # f32 has less, but not in products with it
 LARGEST = 2**20  # of a size: what is larger is a slip of the keyboard
-MOST_APART = 24  # layers that are compiled apart unasked: on a GPU 40 s, and in a loop 10
+MOST_APART = 24  # layers that are compiled apart unasked: it takes one to four times as long
 # Every knob of a training config, by group: no other is taken, and none may be left out.
 KNOBS = {
   '': 'workdir hosts seed init_from deterministic train_tokens skip_sequences profile',
@@ -95,7 +95,7 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
     across = found.keep(sharding.cross, mesh, devices, config.mesh.slow_axes)
   dtype = found.keep(_dtype, config, devices[0].platform)
   remat = found.keep(_remat, config)
-  apart = found.keep(_apart, config, devices[0].platform)
+  apart = found.keep(_apart, config, devices[0].platform, remat)
   dropout = found.keep(_dropout, config)
   if None not in (shape, dtype, dropout):
     attention = config.compute.attention
@@ -287,13 +287,15 @@ def _remat(config) -> str:
   return name
 
 
-def _apart(config, platform) -> bool:
+def _apart(config, platform, remat) -> bool:
   name = config.compute.layers
   if name not in ('auto', 'loop', 'apart'):
     wanted = "one of ('auto', 'loop', 'apart')"
     raise mistake('compute.layers', name, wanted, '--config.compute.layers=auto')
   few = config.model.n_layers <= MOST_APART
-  return name == 'apart' or name == 'auto' and platform == 'gpu' and few
+  # On a TPU there is little to gain but where a loop stacks all residuals.
+  gains = platform == 'gpu' or platform == 'tpu' and remat == 'none'
+  return name == 'apart' or name == 'auto' and gains and few
 
 
 def _dropout(config) -> float:

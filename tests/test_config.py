@@ -239,6 +239,22 @@ def test_all_mistakes_are_told_at_once():
     assert word in str(e.value)
 
 
+@pytest.mark.parametrize(
+  'platform, remat, layers, apart',
+  [
+    ('cpu', 'none', 4, False),
+    ('gpu', 'dots', 24, True),
+    ('gpu', 'dots', 26, False),
+    ('tpu', 'none', 24, True),
+    ('tpu', 'none', 26, False),
+    ('tpu', 'dots', 4, False),
+  ],
+)
+def test_layers_are_compiled_apart_where_it_pays(platform, remat, layers, apart):
+  config = changed(compute__remat=remat, model__n_layers=layers, compute__attention='chunked')
+  assert resolve(config, [small.Device(platform)]).program.numerics.apart == apart
+
+
 @pytest.mark.parametrize('platform, dtype', [('cpu', 'float32'), ('gpu', 'bfloat16')])
 def test_dtype_follows_the_machine(platform, dtype):
   config = changed(compute__attention='chunked')
