@@ -30,19 +30,20 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def devices() -> list[jax.Device]:
-  """All that JAX finds; one CPU computes in the calling thread, and keeps what that takes.
-
-  A step takes as much memory each time. By its defaults malloc gives it back to Linux, which then
-  gives it again page by page, each filled with zeros. It can keep large pieces of the process's
-  main thread alone.
-  """
+  """All that JAX finds; a CPU computes in the thread that asks it to, for `keep_memory`."""
   jax.config.update('jax_cpu_enable_async_dispatch', False)
-  found = jax.devices()
-  mallopt = _libc('mallopt')
-  if found[0].platform == 'cpu' and mallopt:
+  return jax.devices()
+
+
+def keep_memory() -> None:
+  """Has malloc keep what is freed from now on: for steps, which take as much again each time.
+
+  Else it gives it back to Linux, which then gives it again page by page, each filled with zeros.
+  Large pieces are kept for the process's main thread alone.
+  """
+  if mallopt := _libc('mallopt'):
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)
-  return found
 
 
 def give_memory_back() -> None:
