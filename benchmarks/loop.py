@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gptjax import ahead, checkpoint, flags, metrics
+from gptjax import ahead, checkpoint, flags, metrics, process
 from gptjax.config import resolve
 from gptjax.data.corpora import open_all
 from gptjax.data.mixture import Mixture, Stage
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   c.batch.ramp_tokens = c.eval.every_tokens = c.save.every_tokens = 0.0
   # The last step of a run saves and validates: it is not reached.
   c.train_tokens = float((count + 1) * c.batch.sequences * c.model.context)
-  run = resolve(c, jax.devices())
+  run = resolve(c, process.devices())
   shape, mesh = run.program.shape, run.make_mesh()
   corpora = open_all(c.data.sources, shape)
   mixed = Mixture([Stage(0, corpora.stage)])

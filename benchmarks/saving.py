@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from configs import gpt3
-from gptjax import ahead, checkpoint
+from gptjax import ahead, checkpoint, process
 from gptjax.config import resolve
 from gptjax.errors import told_plainly
 
@@ -30,8 +30,9 @@ def main() -> None:
   c = gpt3.get_config(a.size)
   c.model.context, c.model.n_layers = a.context, a.layers or c.model.n_layers
   c.compute.microbatch, c.batch.ramp_tokens = 1, 0.0
-  c.batch.sequences = len(jax.devices())
-  run = resolve(c, jax.devices())
+  devices = process.devices()
+  c.batch.sequences = len(devices)
+  run = resolve(c, devices)
   mesh = run.make_mesh()
   seconds = {'step': [], 'held up': [], 'until it is on disk': [], 'read and checked': []}
 

@@ -10,6 +10,7 @@ from gptjax.errors import Mistake
 from tests import small
 
 
+@pytest.mark.slow
 def test_a_trained_run_says_the_same_there(straight, tmp_path, run_python):
   """Its logits, its tokens, and what `generate` makes of them; and the folder is a model here."""
   out = tmp_path / 'out'

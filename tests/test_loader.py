@@ -146,6 +146,7 @@ for step in ramp.steps(first):
 """
 
 
+@pytest.mark.slow
 def test_stream_is_the_same_from_any_number_of_processes_on_any_mesh(
   corpus, tmp_path_factory, start_python, free_port
 ):

@@ -61,6 +61,7 @@ def test_a_bad_step_is_left_out_and_told(poisoned, corpus, tmp_path, capsys):
   assert f'skipped  step 6, sequences 120 to 143: {why}; 1 in a row' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_streak_rolls_back_and_ends_as_if_never_seen(poisoned, corpus, tmp_path, capsys):
   """The checkpoint made while the state was bad is forgotten; the clock jumps."""
   poisoned.append((range(216, 288), 1.0, NAN))  # a checkpoint is made at 216, and one at 288

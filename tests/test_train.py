@@ -452,6 +452,7 @@ def test_another_seed_or_model_never_resumes(straight, corpus):
     train.main(config(workdir, corpus, seed=1, model__window=9, resume__accept_changes=True))
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another(straight, corpus, tmp_path, capsys):
   """Of a run, and of what was exported of it, whose biases were folded into others."""
   new = records(straight[0])[0]['loss']
