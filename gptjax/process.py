@@ -32,7 +32,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def devices() -> list[jax.Device]:
   """All that JAX finds; a CPU computes in the thread that asks it to, for `keep_memory`.
 
-  Not where processes train together: that thread would then wait in a collective for one that ended.
+  Not where processes train together: it would wait in a collective for one that has ended.
   """
   if not jax.distributed.is_initialized():
     jax.config.update('jax_cpu_enable_async_dispatch', False)
