@@ -41,10 +41,7 @@ def windows(words: Sequence[str], count: int) -> tuple[np.ndarray, list[int], li
   run = resolve(config, devices)
   corpora = open_all(config.data.sources, run.program.shape)
   mixed = Mixture([Stage(0, corpora.stage)])
-  stream, mesh = (
-    corpora.stream(mixed, run.program.seed),
-    run.make_mesh(devices),
-  )
+  stream, mesh = corpora.stream(mixed, run.program.seed), run.make_mesh(devices)
   steps = [*itertools.islice(run.ramp.steps(0, 0, run.skipped), count)]
   if len(steps) < count:
     fix = f'--steps={len(steps)}, or a longer --config.train_tokens'

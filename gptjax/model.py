@@ -57,6 +57,7 @@ def keep_products(primitive, *operands, **params) -> bool:
   if primitive.name != 'dot_general' or _spreads(primitive, params):
     return False
   _, (batch, _) = params['dimension_numbers']
+  # A product that is wider than its operands names what is to be kept of it.
   out, wider = params['out_sharding'], params['preferred_element_type'] != operands[0].dtype
   return not (batch or wider or out and out.spec.unreduced)
 

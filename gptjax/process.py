@@ -7,6 +7,8 @@ import time
 
 import jax
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+
 
 def began(pid: int | str = 'self') -> str:
   """When a process was started, in ticks since the machine was: process numbers come again.
@@ -23,10 +25,6 @@ def began(pid: int | str = 'self') -> str:
 def age() -> float:
   """Seconds since this process was started, all imports included."""
   return time.clock_gettime(time.CLOCK_BOOTTIME) - int(began()) / os.sysconf('SC_CLK_TCK')
-
-
-# Of mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def devices() -> list[jax.Device]:
