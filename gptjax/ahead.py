@@ -82,15 +82,12 @@ def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
   and raises what the compiler raised.
   """
   if run.compiled:
-    return load(run.compiled, run, mesh)
-
-  def compile_():
-    with jax.set_mesh(mesh):  # a thread has a mesh of its own
-      return jitted(run, mesh).lower(*abstract_arguments(run)).compile()
-
-  compiling = futures.ThreadPoolExecutor(1, 'compiling')
-  compiled = compiling.submit(compile_)
-  compiling.shutdown(wait=False)
+    compiled = futures.Future()
+    compiled.set_result(load(run.compiled, run, mesh))
+  else:
+    compiling = futures.ThreadPoolExecutor(1, 'compiling')
+    compiled = compiling.submit(_compile, run, mesh)
+    compiling.shutdown(wait=False)
 
   def made(*_):
     result = compiled.result()
@@ -100,6 +97,11 @@ def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
     return result
 
   return hosts.called_together(made)
+
+
+def _compile(run, mesh):
+  with jax.set_mesh(mesh):  # a thread has a mesh of its own
+    return jitted(run, mesh).lower(*abstract_arguments(run)).compile()
 
 
 def jitted(run: Run, mesh: jax.sharding.Mesh) -> Callable:
@@ -115,8 +117,8 @@ def compile_step(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
     DoesNotFit: where the compiler finds too little memory.
     Mistake: with the compiler's own words, where it refuses for another reason.
   """
-  with jax.set_mesh(mesh), _refusals_told(), _anew():
-    return jitted(run, mesh).lower(*abstract_arguments(run)).compile()
+  with _refusals_told(), _anew():
+    return _compile(run, mesh)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,10 @@ AUTO, ONE = 'auto', 'one'
 JOIN_SECONDS = 300  # to wait for the others at the start: a large machine boots unevenly
 TELL_SECONDS = 10  # before it is said that they are waited for
 READ_SECONDS = 3  # in which the others learn why the first process ends
+ASK_SECONDS = 5  # between questions whether one has ended
+END_SECONDS = 15  # in which a process ends itself when another one has
 LEFT = 'gptjax/left'  # under which a process says why it ends
+AGAIN = 'the same command goes on from the last checkpoint'
 # How JAX names the clusters that it finds, and how people do.
 CLUSTERS = {
   'GceTpuCluster': 'the metadata of TPU VMs',
@@ -151,7 +154,8 @@ def leaving_at_once() -> Iterator[None]:
     return
   name = f'process {jax.process_index()} of {jax.process_count()}'
   try:
-    yield
+    with _ending_after_others(name):
+      yield
     return
   except Mistake as e:
     why, told, code = str(e), f'error: {name}: {e}', 2
@@ -160,7 +164,7 @@ def leaving_at_once() -> Iterator[None]:
   except BaseException as e:
     why, told, code = repr(e), f'{traceback.format_exc()}{name} ended', 1
     if lost_a_peer(e):
-      told += ', since another one did or cannot be reached'
+      told += f', since another one did or cannot be reached; {AGAIN}'
   print(told, file=sys.stderr, flush=True)
   sys.stdout.flush()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -168,6 +172,34 @@ def leaving_at_once() -> Iterator[None]:
     if first():
       time.sleep(READ_SECONDS)  # for the others to read it: this process keeps what they say
   os._exit(code)
+
+
+@contextlib.contextmanager
+def _ending_after_others(name: str) -> Iterator[None]:
+  """Ends this process soon after another one said that it ends.
+
+  What is inside may wait for the other in C++, as in a barrier of Orbax's: not even Ctrl-C ends
+  that before the other's heartbeats are missed.
+  """
+  done = threading.Event()
+
+  def follow():
+    left = []
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first is gone: JAX ends this one
+      while not left and not done.wait(ASK_SECONDS):
+        left = _left()
+    if left and not done.wait(END_SECONDS):
+      told = '; '.join(f'process {index} did: {why}' for index, why in left)
+      print(f'{name} ended, since {told}; {AGAIN}', file=sys.stderr, flush=True)
+      os._exit(1)
+
+  following = threading.Thread(target=follow, name='following', daemon=True)
+  following.start()
+  try:
+    yield
+  finally:
+    done.set()
+    following.join()
 
 
 def lost_a_peer(e: BaseException) -> bool:
@@ -301,12 +333,17 @@ def _heard(topic, index, end):
     except jax.errors.JaxRuntimeError as e:
       if 'DEADLINE_EXCEEDED' not in str(e):
         raise
-    for key, why in _client().key_value_dir_get(LEFT):
+    for who, why in _left():
       fix = 'what it says, and starting all again'
-      raise mistake(f'process {key.rsplit("/", 1)[1]}', f'its end: {why}', 'all to run', fix)
+      raise mistake(f'process {who}', f'its end: {why}', 'all to run', fix)
     if time.monotonic() > end:
       got, fix = f'no word for {JOIN_SECONDS} s after it joined', 'looking at what it does'
       raise mistake(f'process {index}', got, 'one', fix)
+
+
+def _left() -> list[tuple[str, str]]:
+  """Which processes said that they end, and why."""
+  return [(key.rsplit('/', 1)[1], why) for key, why in _client().key_value_dir_get(LEFT)]
 
 
 def _client():

@@ -152,8 +152,8 @@ def together():
 
   def start(processes, devices, program):
     flags = program[2:]  # without -m gptjax.train, which the script says itself
-    environment = os.environ | {'PYTHON': sys.executable, 'PYTHONPATH': str(ROOT)}
-    environment.pop('XLA_FLAGS')
+    # How many devices there are the script says itself.
+    environment = _environment(devices) | {'PYTHON': sys.executable, 'XLA_FLAGS': f'{FAST}=0'}
     process = subprocess.Popen(
       [ROOT / 'launch' / 'local_processes.sh', str(processes), str(devices), *map(str, flags)],
       cwd=ROOT,

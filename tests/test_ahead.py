@@ -1,5 +1,6 @@
 """A step from a file is the step, and a file that was made from anything else is refused."""
 
+import dataclasses
 import json
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import gpt3
-from gptjax import ahead, compiler, train
+from gptjax import ahead, compiler, process, train
 from gptjax.config import resolve
 from gptjax.errors import Mistake
 from tests import plans, runs, small
@@ -89,6 +90,15 @@ def test_a_step_from_a_file_is_the_step_itself(tmp_path, settings):
   run, mesh = kept(tmp_path / 'step', **settings)
   got = taken(ahead.load(str(tmp_path / 'step'), run, mesh), run, mesh)
   jax.tree.map(np.testing.assert_array_equal, got, taken(ahead.step(run, mesh), run, mesh))
+
+
+def test_memory_is_kept_for_a_step_from_a_file_too(one, monkeypatch):
+  path, run, mesh = one
+  called = []
+  for name in ('give_memory_back', 'keep_memory'):
+    monkeypatch.setattr(process, name, lambda name=name: called.append(name))
+  taken(ahead.step(dataclasses.replace(run, compiled=str(path)), mesh), run, mesh)
+  assert called == ['give_memory_back', 'keep_memory']
 
 
 @pytest.mark.parametrize(

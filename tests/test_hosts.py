@@ -146,7 +146,7 @@ def test_a_launcher_that_is_stopped_leaves_nobody_behind(
   if name == 'SIGTERM':
     assert 'ended    SIGTERM: sequence ' in err and 'the same command goes on from there' in err
   elif not twice:
-    assert 'stopped; the same command goes on from ' in err and 'interrupted' in err
+    assert 'the same command goes on from ' in err and 'interrupted' in err
   assert 'ended first' not in err
 
 
@@ -204,6 +204,32 @@ def test_a_process_that_finds_a_mistake_tells_the_others(
   assert f'error: process {wrong} of 2: corpus' in said[wrong]
   told = f'error: process {1 - wrong} of 2: process {wrong}: got its end: corpus'
   assert told in said[1 - wrong] and 'Traceback' not in said[1 - wrong]
+
+
+WAITS = """
+import sys, time
+import jax
+from gptjax import hosts
+
+hosts.ASK_SECONDS = hosts.END_SECONDS = 1
+index = int(sys.argv[2])
+hosts.join(f'{sys.argv[1]},2,{index}')
+jax.devices()
+with hosts.leaving_at_once():
+  time.sleep(3)  # while nobody leaves, nothing happens
+  if index:
+    raise KeyboardInterrupt
+  hosts._client().wait_at_barrier('that the other never comes to', 90_000)
+"""
+
+
+def test_a_process_that_waits_in_a_barrier_for_one_that_left_ends(start_python, free_port):
+  at = f'127.0.0.1:{free_port()}'
+  waiting, leaving = (start_python(['-c', WAITS, at, str(i)]) for i in range(2))
+  _, err = finished(leaving, code=130, timeout=60)
+  assert 'process 1 of 2: interrupted' in err
+  _, err = finished(waiting, code=1, timeout=30)  # long before heartbeats are missed
+  assert 'process 0 of 2 ended, since process 1 did: interrupted; the same command goes' in err
 
 
 def test_processes_that_differ_are_refused(corpus, tmp_path, free_port, start_python):

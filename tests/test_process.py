@@ -1,4 +1,4 @@
-"""A process has an age, and one that is gone has none."""
+"""A process has an age, and one that is gone has none; it keeps memory from step to step."""
 
 import os
 import subprocess
@@ -27,3 +27,30 @@ def test_one_that_is_gone_is_told_even_if_nobody_has_waited_for_it():
   child.wait()
   with pytest.raises(OSError):
     process.began(child.pid)
+
+
+STEPS = """
+import resource, sys
+import jax
+import jax.numpy as jnp
+from gptjax import process
+
+assert process.devices()[0].platform == 'cpu'
+# Products that need a whole array of 64 MB between them.
+step = jax.jit(lambda x_mn: ((x_mn @ x_mn.T) @ x_mn) * 1e-9)
+x_mn = jnp.ones((4096, 64))
+faults = []
+for i in range(16):
+  if i == 2 and sys.argv[1] == 'keep':
+    process.give_memory_back()
+    process.keep_memory()
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  x_mn = step(x_mn).block_until_ready()
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sum(faults[-4:]) * resource.getpagesize())
+"""
+
+
+def test_a_step_faults_no_pages_once_memory_is_kept(run_python):
+  faulted = {how: int(run_python(['-c', STEPS, how], timeout=60).stdout) for how in ('keep', 'not')}
+  assert faulted['not'] > 2**26 > 8 * faulted['keep']
