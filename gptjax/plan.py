@@ -161,7 +161,7 @@ def candidates(
   meshes = search.meshes(shape, batch, machine.devices, machine.chip.usable)
   for mesh in itertools.chain(first, meshes):
     runs = (changed(config, s, machine.devices) for s in search.policies(batch, mesh))
-    yield (run for run in runs if seems_to_fit(run, machine))
+    yield (run for run in runs if is_worth_it(run) and seems_to_fit(run, machine))
 
 
 def changed(config: ConfigDict, settings: Settings, devices: list[jax.Device]) -> Run:
@@ -169,6 +169,12 @@ def changed(config: ConfigDict, settings: Settings, devices: list[jax.Device]) -
   other = copy.deepcopy(config)
   other.update_from_flattened_dict(settings.knobs() | AUTO)
   return resolve(other, devices)
+
+
+def is_worth_it(run: Run) -> bool:
+  """Whether nothing better is known: a loop that keeps all stacks it, and so moves more."""
+  numerics = run.program.numerics
+  return numerics.apart or numerics.remat != 'none'
 
 
 def seems_to_fit(run: Run, machine: Machine) -> bool:

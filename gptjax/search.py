@@ -64,7 +64,7 @@ def meshes(
 
 def policies(batch: int, mesh: dict[str, int]) -> Iterator[Settings]:
   """Microbatches and remat policies for a mesh, those that compute least again first."""
-  for remat, microbatch in itertools.product(('dots', 'full'), (4, 2, 1)):
+  for remat, microbatch in itertools.product(('none', 'dots', 'full'), (4, 2, 1)):
     if batch % (mesh['data'] * mesh['fsdp'] * microbatch) == 0:
       yield Settings(mesh, microbatch, remat)
 

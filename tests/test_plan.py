@@ -84,6 +84,12 @@ def test_what_does_not_fit_is_told_with_settings_that_do(here, tmp_path, capsys)
   assert cost.plan_for(plans.run_of(**LARGE | mended), here(memory)).fits
 
 
+@pytest.mark.parametrize('layers, first', [('loop', 'dots'), ('apart', 'none')])
+def test_all_is_kept_only_where_layers_are_compiled_apart(here, layers, first):
+  runs_of_a_mesh = next(plan.candidates(plans.config(compute__layers=layers), here(10**9)))
+  assert next(runs_of_a_mesh).program.numerics.remat == first
+
+
 def test_what_never_fits_is_told(here, capsys):
   c = plans.config(**MESH)
   assert plan.cure(c, here(10**4)).startswith('no mesh, microbatch or remat policy was found')

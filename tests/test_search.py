@@ -57,7 +57,7 @@ def test_policies_compute_least_again_first_and_divide_the_batch():
   batch = 256
   mesh = {'stage': 1, 'data': 8, 'fsdp': 1, 'tensor': 1}
   got = [(s.remat, s.microbatch) for s in search.policies(batch, mesh)]
-  assert got == [(remat, rows) for remat in ('dots', 'full') for rows in (4, 2, 1)]
+  assert got == [(remat, rows) for remat in ('none', 'dots', 'full') for rows in (4, 2, 1)]
   knobs = next(search.policies(batch, mesh)).knobs()
-  assert knobs['mesh.data'] == 8 and knobs['compute.remat'] == 'dots'
+  assert knobs['mesh.data'] == 8 and knobs['compute.remat'] == 'none'
   assert not [*search.policies(batch, mesh | {'data': 512})]
