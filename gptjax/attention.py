@@ -120,7 +120,8 @@ def _scan_chunks(chunk, carry, L, window, xs):
   for first, end, S in groups:
 
     def step(carry, ix, S=S):
-      i, x = ix
+      # A loop over layers would compute what follows from i alone once, and stack: every mask.
+      i, x = lax.optimization_barrier(ix)
       start = jnp.maximum(0, (i + 1) * rows - S)
       return chunk(carry, i * rows + jnp.arange(rows), start, S, x)
 
@@ -128,6 +129,14 @@ def _scan_chunks(chunk, carry, L, window, xs):
     carry, y = lax.scan(step, carry, group)
     ys.append(y)
   return carry, jax.tree.map(lambda *y: jnp.concatenate(y), *ys)
+
+
+def _hidden(query_l, key_s, window):
+  """What is added to scores [l, s]: 0, or -inf where a query does not see a key.
+
+  With `where`, a loop over layers would keep its -inf as large as the scores, to read it again.
+  """
+  return jnp.where(visible(query_l, key_s, window), 0.0, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -144,7 +153,7 @@ def _forward(window, dropout, q_blhk, k_bshk, v_bshk, key_b):
     k_bhsk, v_bhsk = (lax.dynamic_slice_in_dim(x, start, S, 2) for x in (k_all, v_all))
     key_s = start + jnp.arange(S)
     a_bhls = dot_f32('bhlk,bhsk->bhls', q_bhlk, k_bhsk) * K**-0.5
-    a_bhls = jnp.where(visible(query_l, key_s, window), a_bhls, -jnp.inf)
+    a_bhls += _hidden(query_l, key_s, window)
     max_bhl = a_bhls.max(-1)
     p_bhls = jnp.exp(a_bhls - max_bhl[..., None])
     sum_bhl = p_bhls.sum(-1)
@@ -175,7 +184,7 @@ def _backward(window, dropout, saved, do_blhk):
     k_bhsk, v_bhsk = at_keys(k_all), at_keys(v_all)
     key_s = start + jnp.arange(S)
     a_bhsl = dot_f32('bhsk,bhlk->bhsl', k_bhsk, q_bhlk) * K**-0.5 - lse_bhl[..., None, :]
-    p_bhsl = jnp.where(visible(query_l, key_s, window).T, jnp.exp(a_bhsl), 0)
+    p_bhsl = jnp.exp(a_bhsl + _hidden(query_l, key_s, window).T)
     dp_bhsl = dot_f32('bhsk,bhlk->bhsl', v_bhsk, do_bhlk)
     kept_p_bhsl = p_bhsl
     if dropout:

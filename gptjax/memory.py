@@ -76,7 +76,7 @@ def kept_activations(run: Run) -> int:
     size, dtype = (run.microbatch, shape.context, shape.d_model), program.numerics.between
     one = jax.ShapeDtypeStruct(size, dtype, sharding=_layout('btd'))
     return _bytes(one) * (2 * run.mesh['stage'] - 1)
-  params = program.abstract_state()['params']
+  params = jax.eval_shape(sharding.defer, program.abstract_state()['params'])
   token_bl = jax.ShapeDtypeStruct(
     (run.microbatch, shape.context + 1), np.int32, sharding=_layout('bl')
   )
@@ -84,10 +84,13 @@ def kept_activations(run: Run) -> int:
 
   def residuals(params, token_bl, weight_b):
     loss = lambda params: program.loss(params, token_bl, weight_b)
-    return jax.tree.leaves(jax.vjp(loss, sharding.defer(params))[1])
+    return jax.tree.leaves(jax.vjp(loss, params)[1])
 
   made = jax.make_jaxpr(residuals)(params, token_bl, weight_b).jaxpr
   given = {*made.invars, *made.constvars}
+  for eqn in made.eqns:
+    if eqn.primitive.name == 'reshape' and eqn.invars[0] in given:  # weights, as a loop takes them
+      given |= {*eqn.outvars}
   new = {v for v in made.outvars if not isinstance(v, jax.extend.core.Literal)} - given
   return _bytes([v.aval for v in new])
 

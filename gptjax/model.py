@@ -5,6 +5,7 @@ letter lies. Weights are f32 and are cast where they are used.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import reshard
 from gptjax.attention import ATTENDED
 from gptjax.cache import Cache
 from gptjax.errors import mistake
-from gptjax.products import OPERAND, RESULT, Multiply
+from gptjax.products import RESULT, Multiply
 from gptjax.sharding import (
   GATHERED,
   computed,
@@ -53,7 +54,7 @@ def keep_products(primitive, *operands, **params) -> bool:
   if primitive.name == 'reshard':
     return bool(operands[0].sharding.spec.unreduced)
   if primitive.name == 'name':
-    return params['name'] in (OPERAND, RESULT, ATTENDED)
+    return params['name'] in (RESULT, ATTENDED)
   if primitive.name != 'dot_general' or _spreads(primitive, params):
     return False
   _, (batch, _) = params['dimension_numbers']
@@ -158,17 +159,22 @@ class Mlp(nnx.Module):
     h_blf = multiply('bld,df->blf', gather_positions(x_btd), self.up)
     bias_f = use(self.up_bias, 'f', dtype, 'bl')
 
-    def gelu(h_blf, bias_f):
-      return jax.nn.gelu(h_blf + spread(bias_f, 'f', 'bl', B, L), approximate=True)
+    def add(h_blf, bias_f):
+      return h_blf + spread(bias_f, 'f', 'bl', B, L)
+
+    gelu = functools.partial(jax.nn.gelu, approximate=True)
 
     def backward(kept, dh_blf):
       if numerics.remat == 'none':  # else XLA would keep what both directions compute
         kept = lax.optimization_barrier(kept)
-      return jax.vjp(gelu, *kept)[1](dh_blf)
+      h_blf, both = jax.vjp(add, *kept)
+      (dh_blf,) = jax.vjp(gelu, h_blf)[1](dh_blf)
+      # As the product of it is rounded: else it would be held as f32 for the bias.
+      return both(dh_blf.astype(numerics.dtype).astype(dtype))
 
     # Its derivative is computed again: to read it from memory would take longer.
-    again = jax.custom_vjp(gelu)
-    again.defvjp(lambda *kept: (gelu(*kept), kept), backward)
+    again = jax.custom_vjp(lambda *kept: gelu(add(*kept)))
+    again.defvjp(lambda *kept: (gelu(add(*kept)), kept), backward)
     h_blf = again(h_blf, bias_f)
     x_btd = scatter_positions(multiply, 'blf,fd->bld', h_blf, self.down)
     return x_btd + use_rows(self.down_bias, 'd', dtype, residual(L), B, L)

@@ -18,8 +18,7 @@ from gptjax.sharding import use
 
 Multiply = Callable[..., jax.Array]
 
-# The names by which a remat policy knows what a product keeps, and what is kept of a product.
-OPERAND, RESULT = 'operand', 'result'
+RESULT = 'result'  # the name by which a remat policy knows what is to be kept of a product
 
 
 def as_bits(x: jax.Array) -> jax.Array:
@@ -81,9 +80,7 @@ def _lying_well(dtype, subscripts, x, param, out_sharding):
   cast = lambda a: a.astype(dtype)
 
   def forward(x, w):
-    x = cast(x)
-    if dtype == jnp.bfloat16:  # an f32 is as large as what it is made again from
-      x = checkpoint_name(as_bits(x), OPERAND)
+    x = as_bits(cast(x))
     y = dot(subscripts, of_bits(x), cast(w), out_sharding=out_sharding)
     if dtype == jnp.bfloat16 and not jax.typeof(y).sharding.spec.unreduced:
       y = of_bits(checkpoint_name(as_bits(cast(y)), RESULT)).astype(y.dtype)

@@ -47,6 +47,22 @@ def test_remat_keeps_less():
   assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
 
 
+def test_a_cpu_keeps_the_bf16_of_a_product_and_of_attention_and_nothing_twice():
+  """What `dots` keeps of two layers, by the sizes of what they name."""
+  kept = []
+  for layers in (4, 6):
+    run = plans.run_of(
+      mesh__data=8, model__n_layers=layers, compute__dtype='bfloat16', compute__remat='dots'
+    )
+    with jax.set_mesh(run.make_mesh()):
+      kept.append(memory.kept_activations(run))
+  D, H, F = 32, 4, 64  # n_heads · d_head is D
+  results, attended = 3 * D + D + F, D
+  log_sum_exp, between, stream = 4 * H, 2 * D, 4 * D  # between the layers, and into the first
+  wanted = 2 * (2 * (results + attended) + log_sum_exp) + between + stream
+  assert kept[1] - kept[0] == wanted * 32
+
+
 def test_a_pipeline_keeps_its_inputs():
   run = plans.run_of(mesh__stage=2, mesh__data=4, model__n_layers=4, compute__microbatch=2)
   with jax.set_mesh(run.make_mesh()):
