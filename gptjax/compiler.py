@@ -9,13 +9,16 @@ import os
 import pathlib
 import re
 
+import jax
+
 SAID_IN = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
 # By platform, because no compiler takes an option of another. A GPU's has none: collectives go on
 # beside work by themselves, and benchmarks/NOTES.md has what was tried.
 OPTIONS = {
   'cpu': {
     # By default it begins early what waits for nothing, as filling the arrays that a loop stacks
-    # gradients in with zeros, which are then held all through the forward pass.
+    # gradients in with zeros, which are then held all through the forward pass. Not where processes
+    # train together: there Gloo ended them for collectives that do not match.
     'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED',
   },
   'tpu': {
@@ -33,7 +36,8 @@ ORDERED = '--xla_gpu_deterministic_ops=true'
 def options(platform: str) -> dict[str, bool | int | str] | None:
   """As `jax.jit` takes them; None if there are none."""
   said = {name for variable in SAID_IN for name in re.findall(r'--(\w+)', flags(variable))}
-  wanted = OPTIONS.get(platform, {})
+  alone = platform != 'cpu' or jax.process_count() == 1
+  wanted = OPTIONS.get(platform, {}) if alone else {}
   return {name: value for name, value in wanted.items() if name not in said} or None
 
 

@@ -48,6 +48,13 @@ def test_a_platform_without_options_has_none():
   assert compiler.options('toaster') is None
 
 
+def test_cpus_that_train_together_are_compiled_for_as_by_default(options, monkeypatch):
+  """Else their collectives do not match; for accelerators it makes no difference."""
+  of_a_tpu = compiler.options('tpu')
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  assert compiler.options('cpu') is None and compiler.options('tpu') == of_a_tpu
+
+
 def test_options_reach_the_compiler(monkeypatch):
   """It refuses one that it does not know, whoever asks for the step."""
   run = plans.run_of()
