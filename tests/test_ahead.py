@@ -13,7 +13,7 @@ from gptjax import ahead, compiler, process, train
 from gptjax.config import resolve
 from gptjax.errors import Mistake
 from tests import plans, runs, small
-from tests.conftest import DEVICES
+from tests.conftest import DEVICES, FAST
 
 MESHES = [
   {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2},
@@ -230,7 +230,7 @@ hosts.meet()
 @pytest.mark.slow
 def test_every_process_of_a_run_loads_it(corpus, tmp_path, start_python, free_port, together):
   path = tmp_path / 'step'
-  at, env = f'127.0.0.1:{free_port()},2', {'XLA_FLAGS': f'{DEVICES}=2'}
+  at, env = f'127.0.0.1:{free_port()},2', {'XLA_FLAGS': f'{FAST}=0 {DEVICES}=2'}  # the flags of `together`
   started = [start_python(['-c', SAVE, f'{at},{i}', path], env=env) for i in (0, 1)]
   assert [process.wait(timeout=200) for process in started] == [0, 0]
   settings = {'mesh__fsdp': 2, 'mesh__tensor': 2, 'train_tokens': 1024.0}
