@@ -230,7 +230,8 @@ hosts.meet()
 @pytest.mark.slow
 def test_every_process_of_a_run_loads_it(corpus, tmp_path, start_python, free_port, together):
   path = tmp_path / 'step'
-  at, env = f'127.0.0.1:{free_port()},2', {'XLA_FLAGS': f'{FAST}=0 {DEVICES}=2'}  # the flags of `together`
+  # With the flags of `together`.
+  at, env = f'127.0.0.1:{free_port()},2', {'XLA_FLAGS': f'{FAST}=0 {DEVICES}=2'}
   started = [start_python(['-c', SAVE, f'{at},{i}', path], env=env) for i in (0, 1)]
   assert [process.wait(timeout=200) for process in started] == [0, 0]
   settings = {'mesh__fsdp': 2, 'mesh__tensor': 2, 'train_tokens': 1024.0}
