@@ -36,8 +36,8 @@ ORDERED = '--xla_gpu_deterministic_ops=true'
 def options(platform: str) -> dict[str, bool | int | str] | None:
   """As `jax.jit` takes them; None if there are none."""
   said = {name for variable in SAID_IN for name in re.findall(r'--(\w+)', flags(variable))}
-  alone = platform != 'cpu' or jax.process_count() == 1
-  wanted = OPTIONS.get(platform, {}) if alone else {}
+  together = platform == 'cpu' and jax.distributed.is_initialized()  # which starts no device
+  wanted = {} if together else OPTIONS.get(platform, {})
   return {name: value for name, value in wanted.items() if name not in said} or None
 
 

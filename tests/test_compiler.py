@@ -51,7 +51,7 @@ def test_a_platform_without_options_has_none():
 def test_cpus_that_train_together_are_compiled_for_as_by_default(options, monkeypatch):
   """Else their collectives do not match; for accelerators it makes no difference."""
   of_a_tpu = compiler.options('tpu')
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
   assert compiler.options('cpu') is None and compiler.options('tpu') == of_a_tpu
 
 
