@@ -183,6 +183,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope='session')
+def standard_library(tmp_path_factory: pytest.TempPathFactory, run_python) -> pathlib.Path:
+  """The corpus of `make train`, on which `configs/tiny.py` trains."""
+  out = tmp_path_factory.mktemp('standard-library') / 'data'
+  knobs = [f'--config.{knob}' for knob in ('source=stdlib', f'out={out}', 'context=256')]
+  run_python(['-m', 'gptjax.prepare', '--config=configs/corpus.py', *knobs], timeout=200)
+  return out
+
+
+@pytest.fixture(scope='session')
 def texts() -> list[str]:
   """Real documents of many sizes, all different."""
   from tests.texts import documents

@@ -46,15 +46,12 @@ def test_two_processes_are_one_run_that_one_goes_on_with(straight, corpus, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_train_a_model_that_is_not_small(tmp_path, run_python, together):
+def test_two_processes_train_a_model_that_is_not_small(tmp_path, standard_library, together):
   """As in the README: with options that a CPU alone is compiled for it ended amid a collective."""
-  corpus = [f'--config.{k}' for k in ('source=stdlib', f'out={tmp_path / "data"}', 'context=256')]
-  run_python(['-m', 'gptjax.prepare', '--config=configs/corpus.py', *corpus], timeout=300)
-  flags = [f'workdir={tmp_path / "run"}', f'data.sources={tmp_path / "data"}', 'mesh.fsdp=4']
+  flags = [f'workdir={tmp_path}', f'data.sources={standard_library}', 'mesh.fsdp=4']
   program = ['-m', 'gptjax.train', '--config=configs/tiny.py', '--config.train_tokens=5e3']
-  out, _ = finished(
-    together(2, 4, [*program, *(f'--config.{flag}' for flag in flags)]), timeout=500
-  )
+  process = together(2, 4, [*program, *(f'--config.{flag}' for flag in flags)])
+  out, _ = finished(process, timeout=500)
   assert 'held-out loss' in out
 
 

@@ -512,12 +512,12 @@ def test_golden_losses_of_tiny():
 
 
 @pytest.mark.slow
-def test_tiny_learns_more_of_the_standard_library_than_its_unigrams(tmp_path, run_python):
-  data, workdir = tmp_path / 'data', tmp_path / 'run'
-  corpus = [f'--config.{k}' for k in ('source=stdlib', f'out={data}', 'context=256')]
-  run_python(['-m', 'gptjax.prepare', '--config=configs/corpus.py', *corpus], timeout=200)
+def test_tiny_learns_more_of_the_standard_library_than_its_unigrams(
+  tmp_path, standard_library, run_python
+):
+  workdir = tmp_path / 'run'
   flags = [
-    f'--config.data.sources={data}',
+    f'--config.data.sources={standard_library}',
     f'--config.workdir={workdir}',
     '--config.train_tokens=4e5',
   ]
