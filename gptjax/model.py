@@ -163,6 +163,7 @@ class Mlp(nnx.Module):
       return h_blf + spread(bias_f, 'f', 'bl', B, L)
 
     gelu = functools.partial(jax.nn.gelu, approximate=True)
+    forward = lambda *kept: gelu(add(*kept))
 
     def backward(kept, dh_blf):
       if numerics.remat == 'none':  # else XLA would keep what both directions compute
@@ -173,8 +174,8 @@ class Mlp(nnx.Module):
       return both(dh_blf.astype(numerics.dtype).astype(dtype))
 
     # Its derivative is computed again: to read it from memory would take longer.
-    again = jax.custom_vjp(lambda *kept: gelu(add(*kept)))
-    again.defvjp(lambda *kept: (gelu(add(*kept)), kept), backward)
+    again = jax.custom_vjp(forward)
+    again.defvjp(lambda *kept: (forward(*kept), kept), backward)
     h_blf = again(h_blf, bias_f)
     x_btd = scatter_positions(multiply, 'blf,fd->bld', h_blf, self.down)
     return x_btd + use_rows(self.down_bias, 'd', dtype, residual(L), B, L)
