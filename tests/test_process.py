@@ -30,7 +30,7 @@ def test_one_that_is_gone_is_told_even_if_nobody_has_waited_for_it():
 
 
 STEPS = """
-import resource, sys
+import resource, statistics, sys
 import jax
 import jax.numpy as jnp
 from gptjax import process
@@ -47,11 +47,11 @@ for i in range(24):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   x_mn = step(x_mn).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(sum(faults[-12:]) * resource.getpagesize())
+print(statistics.median_low(faults[-12:]) * resource.getpagesize())
 """
 
 
 def test_steps_fault_few_pages_once_memory_is_kept(run_python):
   faulted = {how: int(run_python(['-c', STEPS, how], timeout=60).stdout) for how in ('keep', 'not')}
-  # One of the twelve may still find no place for its 64 MB in what is kept.
-  assert faulted['not'] > 8 * 2**26 > 4 * faulted['keep']
+  # Not each step: now and then one finds no place for its 64 MB in what is kept.
+  assert faulted['not'] > 2**26 > 64 * faulted['keep']
