@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import P
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gptjax import attention
 from gptjax.errors import mistake, raise_all
@@ -91,6 +90,8 @@ def split_into_blocks(L: int, largest: int) -> tuple[int, int]:
 
 
 def _splash(device_kind, interpret, window, q_blhk, k_bshk, v_bshk):
+  from jax.experimental.pallas.ops.tpu import splash_attention  # 0.4 s that only a TPU needs
+
   L, H, K = q_blhk.shape[1:]
   largest = largest_block(device_kind, window, K * q_blhk.dtype.itemsize)
   block, padded = split_into_blocks(L, largest)
