@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, unless it is `pytest -m gpu`; and Python in a subprocess."""
 
 import functools
+import gc
 import os
 import pathlib
 import signal
@@ -17,7 +18,9 @@ from absl import logging
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICES = '--xla_force_host_platform_device_count'
-FAST = '--xla_backend_optimization_level'
+# Tests compile much and compute little: LLVM's optimiser would take half of their time, and XLA's
+# newer way to write fusions a third of what is left.
+FAST = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 
 # The same examples on every machine, and no judgement by its speed.
 hypothesis.settings.register_profile('house', deadline=None, derandomize=True, database=None)
@@ -32,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
   # these would pass that on to the programs that the tests stop.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  # What JAX traced stays: to look through it for cycles again and again takes time for nothing.
+  gc.set_threshold(100_000, 20, 100)
   if not _wants_gpu(config):
     os.environ.update(_cpu(8))
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -153,7 +158,7 @@ def together():
   def start(processes, devices, program):
     flags = program[2:]  # without -m gptjax.train, which the script says itself
     # How many devices there are the script says itself.
-    environment = _environment(devices) | {'PYTHON': sys.executable, 'XLA_FLAGS': f'{FAST}=0'}
+    environment = _environment(devices) | {'PYTHON': sys.executable, 'XLA_FLAGS': FAST}
     process = subprocess.Popen(
       [ROOT / 'launch' / 'local_processes.sh', str(processes), str(devices), *map(str, flags)],
       cwd=ROOT,
@@ -257,10 +262,10 @@ def _wants_gpu(config: pytest.Config) -> bool:
 
 def _cpu(devices: int) -> dict[str, str]:
   """The environment for so many CPU devices; flags of XLA that are set otherwise stay."""
-  kept = [f for f in os.environ.get('XLA_FLAGS', '').split() if not f.startswith((DEVICES, FAST))]
-  # Tests compile much and compute little: LLVM's optimiser would take half of their time.
-  flags = [*kept, f'{DEVICES}={devices}', f'{FAST}=0']
-  return {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(flags)}
+  mine = [f'{DEVICES}={devices}', *FAST.split()]
+  names = tuple(flag.partition('=')[0] for flag in mine)
+  kept = [f for f in os.environ.get('XLA_FLAGS', '').split() if not f.startswith(names)]
+  return {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join([*kept, *mine])}
 
 
 def _environment(devices: int) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Plans of small runs for the CPU devices of the tests, as if it had a data sheet."""
 
+import functools
+
 import jax
 
 from gptjax import cost
@@ -23,5 +25,6 @@ def machine(chip: Chip = CHIP) -> Machine:
   return Machine('here', chip, jax.devices())
 
 
+@functools.cache
 def planned(**settings) -> cost.Plan:
   return cost.plan_for(run_of(**settings), machine())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -85,11 +86,19 @@ def test_what_was_cut_in_the_cache_is_compiled_again(tmp_path, run_python):
   assert done.stdout.count('was cut, and is compiled again') == 2
 
 
-@pytest.mark.parametrize('settings', [MESHES[0], pytest.param(MESHES[1], marks=pytest.mark.slow)])
-def test_a_step_from_a_file_is_the_step_itself(tmp_path, settings):
-  run, mesh = kept(tmp_path / 'step', **settings)
-  got = taken(ahead.load(str(tmp_path / 'step'), run, mesh), run, mesh)
+def assert_the_step_itself(path, run, mesh):
+  got = taken(ahead.load(str(path), run, mesh), run, mesh)
   jax.tree.map(np.testing.assert_array_equal, got, taken(ahead.step(run, mesh), run, mesh))
+
+
+def test_a_step_from_a_file_is_the_step_itself(one):
+  assert_the_step_itself(*one)
+
+
+@pytest.mark.slow
+def test_a_step_of_a_pipeline_from_a_file_is_the_step_itself(tmp_path):
+  path = tmp_path / 'step'
+  assert_the_step_itself(path, *kept(path, **MESHES[1]))
 
 
 def test_memory_is_kept_for_a_step_from_a_file_too(one, monkeypatch):
@@ -231,7 +240,7 @@ hosts.meet()
 def test_every_process_of_a_run_loads_it(corpus, tmp_path, start_python, free_port, together):
   path = tmp_path / 'step'
   # With the flags of `together`.
-  at, env = f'127.0.0.1:{free_port()},2', {'XLA_FLAGS': f'{FAST}=0 {DEVICES}=2'}
+  at, env = f'127.0.0.1:{free_port()},2', {'XLA_FLAGS': f'{FAST} {DEVICES}=2'}
   started = [start_python(['-c', SAVE, f'{at},{i}', path], env=env) for i in (0, 1)]
   assert [process.wait(timeout=200) for process in started] == [0, 0]
   settings = {'mesh__fsdp': 2, 'mesh__tensor': 2, 'train_tokens': 1024.0}
@@ -254,15 +263,14 @@ def test_a_width_that_no_power_of_two_divides_compiles():
   assert ahead.compile_step(run, mesh).memory_analysis().temp_size_in_bytes > 0
 
 
-def test_a_refused_file_leaves_a_run_as_it_was(corpus, tmp_path):
-  settings = {'mesh__fsdp': 4, 'train_tokens': 512.0}
-  train.main(runs.config(tmp_path / 'run', corpus, **settings))
+def test_a_refused_file_leaves_a_run_as_it_was(straight, corpus, tmp_path):
+  shutil.copytree(straight[0], tmp_path / 'run')
   here = lambda: {
     path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()
   }
   before = here()
   (tmp_path / 'step').write_text('no step')
-  longer = settings | {'train_tokens': 1024.0, 'resume__accept_changes': True}
+  longer = {'mesh__fsdp': 4, 'train_tokens': 16384.0, 'resume__accept_changes': True}
   with pytest.raises(Mistake, match='compute.compiled='):
     train.main(
       runs.config(tmp_path / 'run', corpus, compute__compiled=str(tmp_path / 'step'), **longer)

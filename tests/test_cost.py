@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gptjax import cost
+from gptjax import cost, plan_table
 from gptjax.errors import Mistake
 from tests import plans
 
@@ -28,6 +28,7 @@ def test_a_pipeline_idles_in_some_of_its_turns():
   assert made.turns == 2 and made.idle == 2 / (made.run.slices + 2)
   turns = made.run.slices + 2
   assert made.step.flops == pytest.approx(made.besides.flops + turns * made.each.flops)
+  assert f'pipeline       {2 / turns:12.1%}' in plan_table.table(made)
 
 
 def test_the_ramp_fills_up_slices():

@@ -22,7 +22,9 @@ ONE = dict.fromkeys(sharding.AXES, 1)
 
 def compiled(function, *shapes):
   args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  return jax.jit(function).lower(*args).compile().as_text()
+  # As users have it, not as the other tests do, for speed.
+  options = {'xla_cpu_use_fusion_emitters': True}
+  return jax.jit(function).lower(*args).compile(options).as_text()
 
 
 def test_a_loop_counts_as_often_as_it_runs():

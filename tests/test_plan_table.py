@@ -33,11 +33,6 @@ def test_what_does_not_fit_is_told_with_by_how_much(made):
   assert plan_table.line(less).endswith('does not fit')
 
 
-def test_a_pipeline_says_how_long_it_idles():
-  made = plans.planned(mesh__stage=2, mesh__data=4, model__n_layers=4, compute__microbatch=2)
-  assert f'pipeline       {2 / (made.run.slices + 2):12.1%}' in plan_table.table(made)
-
-
 def test_slow_links_are_marked(made):
   across = {'stage': 1, 'data': 2, 'fsdp': 1, 'tensor': 1}
   two = dataclasses.replace(made, run=dataclasses.replace(made.run, across=across))

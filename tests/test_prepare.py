@@ -212,6 +212,7 @@ runpy.run_module(sys.argv.pop(1), run_name='__main__')
 """
 
 
+@pytest.mark.slow
 def test_interrupted_run_is_gone_on_with(tmp_path):
   source = pathlib.Path(argparse.__file__).parent / '[a-i]*.py'
   knobs = dict(source=source, out=tmp_path / 'out', workers=2, shards=400)

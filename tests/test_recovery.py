@@ -148,7 +148,7 @@ def endure(corpus, folder, kills, seed):
     'train_tokens': 24 * 16.0 * 32 * (2 + kills),
     'lr__decay_tokens': 1e6,
   }
-  one = f'XLA_FLAGS={DEVICES}=1 {FAST}=0'
+  one = f'XLA_FLAGS={DEVICES}=1 {FAST}'
   trained = lambda workdir: args(workdir, corpus, **SETTINGS | stormy)
   command = lambda workdir: ['env', one, sys.executable, *trained(workdir)]
   run = resolve(config(folder, corpus, **SETTINGS | stormy), jax.devices()[:1])
@@ -167,6 +167,7 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(corpus, tmp_path):
   assert starts  # some of it went on from a checkpoint
 
 
+@pytest.mark.slow
 def test_a_storm_sees_what_is_different(corpus, tmp_path):
   run_ = resolve(config(tmp_path, corpus, **SETTINGS), jax.devices())
   for name, rate in (('a', 1e-2), ('b', 1.1e-2)):
@@ -176,6 +177,7 @@ def test_a_storm_sees_what_is_different(corpus, tmp_path):
   assert chaos.differences(tmp_path / 'a', tmp_path / 'a', run_) == []
 
 
+@pytest.mark.slow
 def test_another_recipe_is_judged_anew(corpus, tmp_path):
   """A rate that is too high is the user's wish, and its higher loss no spike of the old one."""
   part = {'train_tokens': 24 * 9 * 32.0}
@@ -238,6 +240,7 @@ def test_a_trace_ends_with_a_rollback(poisoned, corpus, tmp_path):
   assert records(tmp_path)[-1]['sequences'] == 480
 
 
+@pytest.mark.slow
 def test_a_start_that_skips_much_may_die_before_it_saves(corpus, tmp_path, monkeypatch):
   skip = {'skip_sequences': '0-399', 'save__every_tokens': 24 * 3 * 32.0}
   monkeypatch.setattr(checkpoint.Checkpoints, 'save', lambda *_: False)  # as if it died before

@@ -42,7 +42,7 @@ def test_any_mesh_gives_the_same_loss_and_gradients(one_device, mesh):
 @pytest.mark.parametrize(
   'remat, mesh',
   [
-    ('dots', (1, 1, 1)),
+    pytest.param('dots', (1, 1, 1), marks=pytest.mark.slow),
     ('none', ALL),
     pytest.param('none', (1, 1, 1), marks=pytest.mark.slow),
     pytest.param('dots', ALL, marks=pytest.mark.slow),

