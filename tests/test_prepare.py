@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from gptjax import prepare
+from gptjax import flags, prepare
 from gptjax.data import dataset, engines
 from gptjax.errors import Mistake
 from tests.test_sources import json_lines
@@ -50,13 +50,21 @@ def run(**knobs):
   return subprocess.run(command(**knobs), capture_output=True, text=True, env=ENV, timeout=120)
 
 
-def refused(**knobs):
-  """What the entry says of a mistake."""
-  done = run(**knobs)
-  assert done.returncode == 2, done.stderr
-  assert done.stderr.startswith('error: ') and 'Traceback' not in done.stderr
-  assert not os.path.exists(f'{knobs.get("out")}.incomplete')
-  return done.stderr
+@pytest.fixture
+def refused(monkeypatch, capsys):
+  """What the entry says of a mistake, in this process."""
+
+  def told(**knobs):
+    monkeypatch.setattr(sys, 'argv', command(**knobs)[2:])
+    with pytest.raises(SystemExit) as ended:
+      flags.run(prepare.main, prepare.__doc__)
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith('error: ') and 'Traceback' not in err
+    assert not os.path.exists(f'{knobs.get("out")}.incomplete')
+    return err
+
+  return told
 
 
 @pytest.fixture(scope='module')
@@ -91,7 +99,7 @@ def test_every_format_gives_the_same_corpus(tmp_path, folder, texts):
   assert corpora[0].train.documents + corpora[0].validation.documents == len(texts)
 
 
-def test_report_training_and_rerun(tmp_path, folder):
+def test_report_training_and_rerun(tmp_path, folder, refused):
   (folder / 'again.txt').write_text((folder / '0.txt').read_text())
   (folder / 'empty.txt').write_text('')
   (folder / 'bad.txt').write_bytes(b'\xff')
@@ -284,7 +292,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path, folder):
   assert dataset.describe(tmp_path / 'empty').train.windows > 0
 
 
-def test_the_same_bytes_read_otherwise_are_another_corpus(tmp_path, folder, texts):
+def test_the_same_bytes_read_otherwise_are_another_corpus(tmp_path, folder, texts, refused):
   for suffix in ('jsonl', 'txt'):
     (tmp_path / suffix).mkdir()
     for i in range(9):
@@ -294,7 +302,7 @@ def test_the_same_bytes_read_otherwise_are_another_corpus(tmp_path, folder, text
   assert 'made differently (files' in refused(source=tmp_path / 'txt', out=tmp_path / 'out')
 
 
-def test_out_that_holds_something_else(tmp_path, folder):
+def test_out_that_holds_something_else(tmp_path, folder, refused):
   (tmp_path / 'out').mkdir()
   assert run(source=folder, out=tmp_path / 'out').returncode == 0  # empty: welcome
   (tmp_path / 'mine').mkdir()
@@ -305,7 +313,7 @@ def test_out_that_holds_something_else(tmp_path, folder):
   assert 'holds something else' in refused(source=folder, out=tmp_path / 'mine' / 'thesis.txt')
 
 
-def test_wrong_knobs_are_told_together(tmp_path, folder):
+def test_wrong_knobs_are_told_together(tmp_path, folder, refused):
   message = refused(
     source=folder,
     out=tmp_path / 'out',
@@ -348,7 +356,7 @@ def test_wrong_knobs_are_told_together(tmp_path, folder):
   ],
   ids=lambda x: str(x)[:40] if isinstance(x, dict) else '',
 )
-def test_bad_input(tmp_path, texts, monkeypatch, knobs, message):
+def test_bad_input(tmp_path, texts, monkeypatch, knobs, message, refused):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'empty').mkdir()
   (tmp_path / 'blank.txt').write_text('')
