@@ -17,7 +17,7 @@ def upto(tokens, end):
 
 
 @pytest.mark.parametrize('width, penalty', [(4, 0.6), *SLOW])
-@pytest.mark.parametrize('no_repeat', [0, 2])
+@pytest.mark.parametrize('no_repeat', [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_beam_search_is_theirs(twins, width, penalty, no_repeat):
   model, ours = twins
   # The end is a token that they like, so that some beams end before others.

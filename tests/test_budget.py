@@ -79,7 +79,10 @@ def costs(mesh):
   return found.flops / 1e6, held / 1e6, dict(sorted(exchanged.items()))
 
 
-@pytest.mark.parametrize('name', MESHES)
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(name, marks=pytest.mark.slow) if 'stage' in name else name for name in MESHES],
+)
 def test_a_step_costs_what_it_did(name):
   flops, held, exchanged = costs(MESHES[name])
   now = f'  {name!r}: ({flops:.1f}, {held:.2f}, {exchanged}),'

@@ -85,7 +85,13 @@ def test_a_row_that_begins_later_is_that_row_alone(parts):
 
 
 @pytest.mark.parametrize(
-  'mesh', [{'tensor': 2}, {'tensor': 4}, {'data': 2}, {'fsdp': 2, 'tensor': 2}]
+  'mesh',
+  [
+    {'fsdp': 2, 'tensor': 2},
+    {'tensor': 4},
+    pytest.param({'tensor': 2}, marks=pytest.mark.slow),
+    pytest.param({'data': 2}, marks=pytest.mark.slow),
+  ],
 )
 def test_any_mesh_reads_the_same(mesh):
   program = small.program()
@@ -105,6 +111,7 @@ def test_any_mesh_reads_the_same(mesh):
       np.testing.assert_allclose(got, want[:, end - 1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_as_other_machines_multiply_it_reads_the_same():
   program = small.program()
   with small.on(tensor=2):

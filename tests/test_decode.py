@@ -43,7 +43,7 @@ def without_cache(model, prompt, count):
   return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize('rows', [1, 3])
+@pytest.mark.parametrize('rows', [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_in_another_dtype_it_says_nearly_the_same(loud, rows):
   program, params = loud
   prompts = [[7, 8, 9, 10, 11]] * rows
@@ -94,10 +94,10 @@ def test_what_is_drawn_for_a_row_depends_on_nothing_else_in_the_batch(loud):
   assert other[0] != other[1]
 
 
-@pytest.mark.parametrize('mesh', [{'tensor': 2}, {'tensor': 4}])
-def test_a_model_split_over_devices_says_the_same(loud, mesh):
+@pytest.mark.parametrize('tensor', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_model_split_over_devices_says_the_same(loud, tensor):
   prompts = [[3, 1, 4], [7] * 9]
-  assert sampled(loud, prompts, 20, mesh=mesh) == sampled(loud, prompts, 20)
+  assert sampled(loud, prompts, 20, mesh={'tensor': tensor}) == sampled(loud, prompts, 20)
 
 
 def test_two_programs_serve_all_lengths(loud):

@@ -10,6 +10,7 @@ from gptjax.errors import Mistake
 from tests.runs import args, config, records, wait_for_records
 
 
+@pytest.mark.slow
 def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(
   straight, corpus, tmp_path, start_python, run_python
 ):

@@ -140,7 +140,13 @@ def without_remat():
   return gradients_under('none')
 
 
-@pytest.mark.parametrize('policy', [p for p in REMAT if p != 'none'])
+QUICK = ('full', 'dots')
+
+
+@pytest.mark.parametrize(
+  'policy',
+  [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in REMAT if p != 'none'],
+)
 def test_remat_changes_the_program_and_not_the_gradients(without_remat, policy):
   want, plain = without_remat
   got, remat = gradients_under(policy)

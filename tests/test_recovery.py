@@ -124,6 +124,7 @@ def test_what_is_skipped_is_skipped_from_any_checkpoint(corpus, tmp_path):
   assert [r['sequences'] for r in records(tmp_path / 'whole', 'save')][:4] == [72, 155, 264, 288]
 
 
+@pytest.mark.slow
 def test_a_skip_to_the_end_ends_the_run(corpus, tmp_path, capsys):
   run(tmp_path, corpus, skip_sequences='400-1000')
   assert records(tmp_path)[-1]['sequences'] == 400
@@ -132,6 +133,7 @@ def test_a_skip_to_the_end_ends_the_run(corpus, tmp_path, capsys):
   assert json.loads((tmp_path / 'config.json').read_text())['skip_sequences'] == '400-1000'
 
 
+@pytest.mark.slow
 def test_a_skip_is_part_of_the_recipe(corpus, tmp_path):
   run(tmp_path, corpus, train_tokens=24 * 4 * 32.0)
   with pytest.raises(Mistake, match='skip_sequences'):

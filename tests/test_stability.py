@@ -85,7 +85,7 @@ ONE, EIGHT, SLOW = (1, 1, 1), (2, 2, 2), pytest.mark.slow
 @pytest.mark.parametrize(
   'mesh, factors',
   [
-    (ONE, (NAN, 1.0)),
+    pytest.param(ONE, (NAN, 1.0), marks=SLOW),
     (EIGHT, (1.0, NAN)),
     pytest.param(EIGHT, (9.0, 1.0), marks=SLOW),
     *(
