@@ -108,7 +108,7 @@ def main() -> None:
   parser.add_argument('--batch', type=int, default=1, help='sequences of a step')
   parser.add_argument('--slices', type=int, default=1, help='slices of a step')
   parser.add_argument('--layers', type=int, default=0, help="0: the size's own")
-  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='default: float32')
   parser.add_argument('--remat', choices=model.REMAT, default='dots')
   parser.add_argument(
     '--program', choices=('auto', 'loop', 'apart'), default='auto', help='as config.compute.layers'
@@ -127,6 +127,8 @@ def main() -> None:
     parser.error('--slices must divide --batch, and they, --repeats and --steps be 1 or more')
   if not a.against and (a.contenders or a.halve or a.json):
     parser.error('--contenders, --halve and --json want --against=torch')
+  if a.against and a.dtype:
+    parser.error('--against times both dtypes; try --contenders=ours-bf16 instead of --dtype')
   compiler.fix_order(a.deterministic)
   words = program_words(a)
   if a.against:
@@ -136,14 +138,13 @@ def main() -> None:
     from benchmarks import against  # which wants what the parts do not
 
     return against.main(a, words)
-  config = flags.parse(['', *words, f'--config.compute.dtype={a.dtype}'])
+  dtype = a.dtype or 'float32'
+  config = flags.parse(['', *words, f'--config.compute.dtype={dtype}'])
   device = jax.devices()[0]
   program = resolve(config, [device]).program
   shape, numerics = program.shape, program.numerics
   print(f'{shape.n_params:,} parameters, {a.batch} × {a.context} tokens in {a.slices} slice(s)')
-  print(
-    f'{a.dtype}, attention {numerics.attend.__name__}, remat {a.remat}, on {device.device_kind}'
-  )
+  print(f'{dtype}, attention {numerics.attend.__name__}, remat {a.remat}, on {device.device_kind}')
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, [device])):
     rate = matmul_rate(numerics.dtype, a.repeats)
     times = measure(program, a.batch, a.slices, a.repeats)

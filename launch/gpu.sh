@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this machine, in one process.
 #
-#   launch/gpu.sh [--dry-run] [--hosts=auto] --config=… [any flag of gptjax.train]
+#   launch/gpu.sh [--dry-run] [--hosts=HOSTS] --config=… [any other flag of gptjax.train]
 #
 # For example:
 #
@@ -10,7 +10,8 @@
 #
 # Wants an environment with gptjax and a JAX for the GPU (pip install -e '.[cuda12]' or
 # '.[cuda13]'); PYTHON names its interpreter. CUDA_VISIBLE_DEVICES=0,1 leaves the other GPUs alone;
-# with --hosts=auto this machine is one of several, as in launch/slurm.sh.
+# with --hosts this machine is one of several, as --config.hosts says it: auto, as in
+# launch/slurm.sh, or the first one's ADDRESS:PORT, how many, and which of them this is.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -25,6 +26,10 @@ while [[ "${1:-}" == --dry-run || "${1:-}" == --hosts=* ]]; do
 done
 if [[ "${1:-}" != --config=* || " $* " == *' --dry-run '* ]]; then
   echo "error: got '${1:-}', wanted [--dry-run] --config=…; try launch/gpu.sh --config=configs/gpt3.py:125m …" >&2
+  exit 2
+fi
+if [[ " $*" == *' --config.hosts='* ]]; then
+  echo "error: got --config.hosts, wanted --hosts before --config; try launch/gpu.sh --hosts=10.0.0.1:8476,2,0 --config=…" >&2
   exit 2
 fi
 

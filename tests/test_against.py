@@ -114,6 +114,7 @@ def test_contenders_are_known_and_there(monkeypatch):
   ('benchmarks/train_step.py --against=torch', 'error: --against: got a script'),
   ('-m benchmarks.train_step --against=torch --contenders=mine', "--contenders: got mine"),
   ('-m benchmarks.train_step --halve', '--halve and --json want --against=torch'),
+  ('-m benchmarks.train_step --against=torch --dtype=bfloat16', 'instead of --dtype'),
 ])  # fmt: skip
 def test_wrong_options_of_the_benchmark_are_told(run_python, words, told):
   done = run_python(words.split(), timeout=100, code=2)

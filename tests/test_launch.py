@@ -131,6 +131,7 @@ def test_shellcheck_finds_nothing(script):
     ('xpk.sh', [*XPK, *TRAIN], 'got no xpk'),
     ('gpu.sh', [], "got '', wanted [--dry-run] --config=…"),
     ('gpu.sh', ['--dry', *TRAIN], "got '--dry', wanted [--dry-run] --config=…"),
+    ('gpu.sh', [*TRAIN, '--config.hosts=10.0.0.1:8476,2,0'], 'wanted --hosts before --config'),
     ('slurm.sh', ['--nodes=2'], 'wanted --NAME=VALUE … --config=…'),
     ('slurm.sh', ['-N', '2', *TRAIN], "got '-N', wanted --NAME=VALUE … --config=…"),
     ('xpk.sh', [*XPK[1:], *TRAIN], "--name: got '', wanted up to 40 of a-z, 0-9 and -"),
