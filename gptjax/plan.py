@@ -29,7 +29,7 @@ from gptjax import ahead, compiler, cost, flags, machines, memory, plan_table, s
 from gptjax.ahead import DoesNotFit
 from gptjax.config import Run, check_knobs, resolve
 from gptjax.cost import Plan
-from gptjax.errors import mistake, told_as
+from gptjax.errors import Mistake, mistake, told_as
 from gptjax.machines import Machine
 from gptjax.search import Settings
 
@@ -122,10 +122,13 @@ def best(config: ConfigDict, machine: Machine, count: int) -> Plan:
 
 def cure(config: ConfigDict, machine: Machine, compiles: int = 3) -> str:
   """Settings with which it would fit, found by compiling a few: of its own mesh, or another."""
-  own = resolve(config, machine.devices)
   known = lambda run: (run.mesh, run.microbatch, run.program.numerics.remat)
-  runs = itertools.chain.from_iterable(candidates(config, machine, own.mesh))
-  others = (run for run in runs if known(run) != known(own))
+  own = []
+  with contextlib.suppress(Mistake):  # a search asks nothing of the config's own mesh
+    own.append(resolve(config, machine.devices))
+  meshes = candidates(config, machine, *(run.mesh for run in own))
+  tried = [known(run) for run in own]
+  others = (run for run in itertools.chain.from_iterable(meshes) if known(run) not in tried)
   say(f'looking for settings with which it fits: up to {compiles} to compile …')
   plan = fitting(itertools.islice(others, compiles), machine)
   if not plan:

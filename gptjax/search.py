@@ -49,7 +49,7 @@ def meshes(
   n, node, found = len(devices), len(sharding.nodes(devices)[0]), []
   for tensor, stage in itertools.product(SIZES, SIZES):
     rest = n // (tensor * stage)
-    if tensor > node or rest * tensor * stage != n:
+    if node % tensor or rest * tensor * stage != n:
       continue
     for fsdp in sorted(d for d in range(1, rest + 1) if rest % d == 0):
       mesh = {'stage': stage, 'data': rest // fsdp, 'fsdp': fsdp, 'tensor': tensor}

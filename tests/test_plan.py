@@ -59,9 +59,14 @@ def test_a_search_ranks_what_it_compiled(here, capsys):
   assert rows[0] == made.settings.shape and made.fits
 
 
-def test_a_search_that_finds_nothing_is_told(here):
-  with pytest.raises(ahead.DoesNotFit, match='--search: got no mesh that fits'):
-    plan.best(plans.config(), here(10**5), 2)
+def test_a_search_that_finds_nothing_is_told(here, capsys):
+  """Whatever mesh the config has: it is not looked at."""
+  here(10**5)
+  with pytest.raises(SystemExit, match='1'):
+    plan.main(plans.config(mesh__data=3), options(search=2))
+  told = capsys.readouterr().out
+  assert '--search: got no mesh that fits' in told
+  assert 'no mesh, microbatch or remat policy was found' in told
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from tests import small
 KIND = 'NVIDIA H100 80GB HBM3'
 
 
-def machine(nodes):
-  return [small.Device('gpu', KIND, '9.0', id=i, slice_index=i // 8) for i in range(8 * nodes)]
+def machine(nodes, each=8):
+  ids = range(each * nodes)
+  return [small.Device('gpu', KIND, '9.0', id=i, slice_index=i // each) for i in ids]
 
 
 def model_of(size, devices):
@@ -46,6 +47,13 @@ def test_what_exchanges_least_comes_first():
     'fsdp': 1,
     'tensor': 1,
   }
+
+
+def test_tensor_stays_within_a_node_of_any_size():
+  devices = machine(2, each=6)
+  shape, _ = model_of('125m', devices)
+  found = {mesh['tensor'] for mesh in search.meshes(shape, 480, devices, 80 * 2**30)}
+  assert found == {1, 2}
 
 
 def test_a_machine_that_holds_no_state_has_no_mesh():
