@@ -10,8 +10,9 @@
 #
 # Submits itself; the log is runs/slurm-JOB.log. In a job that is there (salloc) it trains at once.
 # Where a node fails or the job is preempted, SLURM starts it again, and it goes on from its last
-# checkpoint; two minutes before the job's time is over it saves, and is queued again. Wants this repository, the workdir, the corpora and an environment with gptjax and a
-# JAX for the GPU in folders that all nodes see; PYTHON names the interpreter.
+# checkpoint; two minutes before the job's time is over it saves, and is queued again. Wants this
+# repository, the workdir, the corpora and an environment with gptjax and a JAX for the GPU in
+# folders that all nodes see; PYTHON names the interpreter.
 #SBATCH --job-name=gptjax
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -46,8 +47,10 @@ else
   [ "${#flags[@]}" = 0 ] || mistake "got '${flags[*]}' in a job, wanted --config=… first" salloc
   [ -f gptjax/train.py ] || mistake "got $PWD, wanted the repository" "sbatch from its root"
   [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ] || mistake "got a job without GPUs, wanted some" "sbatch --gpus-per-node=8"
-  # The first process that fails ends all. A process may use every core of its node.
-  command=(srun --kill-on-bad-exit=1 --cpu-bind=none launch/gpu.sh --hosts=auto "$@")
+  # Processes end with one that fails by themselves. SLURM would kill those that saved, as soon as
+  # the first of them ends with 75, and the job end with the code of a killed one. A process may use
+  # every core of its node.
+  command=(srun --kill-on-bad-exit=0 --cpu-bind=none launch/gpu.sh --hosts=auto "$@")
 fi
 if [ "$dry" ]; then
   printf '+'
