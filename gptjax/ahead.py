@@ -44,6 +44,10 @@ PACKAGES = {
     'nvidia-cudnn-cu13',
   ),
 }
+SMALLER = (
+  'a smaller --config.compute.microbatch, --config.compute.remat=dots or full, '
+  'or more devices with --config.mesh.fsdp'
+)
 
 
 class DoesNotFit(Mistake):
@@ -79,7 +83,7 @@ def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
   """What to call as `Program.train_step`: from the run's file, or compiled from now on.
 
   That is done in a thread, while the caller makes or restores a state; the first call waits for it,
-  and raises what the compiler raised.
+  and raises what the compiler raised. A device's lack of memory is a Mistake.
   """
   if run.compiled:
     compiled = futures.Future()
@@ -96,7 +100,23 @@ def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
       process.keep_memory()
     return result
 
-  return hosts.called_together(made)
+  together = hosts.called_together(made)
+
+  def take(*args):
+    with _memory_told():
+      return together(*args)
+
+  return take
+
+
+@contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    raise mistake('memory', str(e).splitlines()[0][:300], 'enough for a step', SMALLER) from e
 
 
 def _compile(run, mesh):

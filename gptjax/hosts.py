@@ -23,8 +23,8 @@ from gptjax.errors import Mistake, mistake, told_as
 AUTO, ONE = 'auto', 'one'
 JOIN_SECONDS = 300  # to wait for the others at the start: a large machine boots unevenly
 TELL_SECONDS = 10  # before it is said that they are waited for
-READ_SECONDS = 3  # in which the others learn why the first process ends
-ASK_SECONDS = 5  # between questions whether one has ended
+READ_SECONDS = 6  # in which the others learn why the first process ends, and end
+ASK_SECONDS = 2  # between questions whether one has ended
 END_SECONDS = 15  # in which a process ends itself when another one has
 LEFT = 'gptjax/left'  # under which a process says why it ends
 AGAIN = 'the same command goes on from the last checkpoint'
@@ -188,7 +188,9 @@ def _ending_after_others(name: str) -> Iterator[None]:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first is gone: JAX ends this one
       while not left and not done.wait(ASK_SECONDS):
         left = _left()
-    if left and not done.wait(END_SECONDS):
+    # When the first one is gone too, JAX ends this one, and says nothing but its own stack.
+    soon = '0' in dict(left)
+    if left and not done.wait(ASK_SECONDS if soon else END_SECONDS):
       told = '; '.join(f'process {index} did: {why}' for index, why in left)
       print(f'{name} ended, since {told}; {AGAIN}', file=sys.stderr, flush=True)
       os._exit(1)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gptjax import compiler, corruption, files, hosts, metrics, schedule, skips, stability
+from gptjax import compiler, corruption, files, hosts, metrics, process, schedule, skips, stability
 from gptjax.config import Run
 from gptjax.data import dataset, loader
 from gptjax.data.corpora import Corpora
@@ -29,7 +29,11 @@ class GivenUp(Exception):
 
 
 class Trainer:
-  """The loop. A step's metrics are read while the next step runs; nothing else is waited for."""
+  """The loop. A step's metrics are read while the next step runs; nothing else is waited for.
+
+  A CPU alone has run it when the call returns. There they are read at once, or its time would be
+  charged to the step before.
+  """
 
   def __init__(
     self,
@@ -51,6 +55,7 @@ class Trainer:
     self.copies_agree = corruption.comparing()
     self.repeats = corruption.repeating(run.program.train_step, options)
     self.windows = corpora.stream(mixed, run.program.seed)
+    self.waits = process.waits_for(mesh.devices.flat[0])
     self.unread = None  # a step, its rate, and its metrics, which may still be being computed
     self.clock = time.perf_counter()  # when the time began that the unread step is charged with
     self.warm = False  # whether a step has run, so that the next one's time is not a compilation
@@ -97,9 +102,10 @@ class Trainer:
       due, start = functools.partial(schedule.due, start=start, end=step.end), step.end
       checks = due(run.check_every)
       state, measured = self.train_step(state, *batch)
-      if self.read():
-        watchdog.warm()
+      before = self.read()
       self.unread = step, batch[-1], measured
+      if before or self.waits and self.read():
+        watchdog.warm()
       watchdog.beat(f'step {step.number}, sequences {step.start:,} to {step.end - 1:,}')
       last = step.end == end
       if last or due(run.eval_every):

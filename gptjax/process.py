@@ -37,6 +37,11 @@ def devices() -> list[jax.Device]:
   return jax.devices()
 
 
+def waits_for(device: jax.Device) -> bool:
+  """Whether what this device is asked for is done when the call returns: see `devices`."""
+  return device.platform == 'cpu' and not jax.distributed.is_initialized()
+
+
 def keep_memory() -> None:
   """Has malloc keep what is freed from now on: for steps, which take as much again each time.
 

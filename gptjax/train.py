@@ -162,6 +162,7 @@ def go_on(
       restoring = time.perf_counter()
       if start:
         state = checkpoints.restore(start, run.program.abstract_state())
+        jax.block_until_ready(state)
         if changed or stages[-1].start == start:  # what was usual is so no more
           state |= {'health': jax.jit(run.program.guard.init)()}
       else:
@@ -171,7 +172,7 @@ def go_on(
             state = jax.jit(run.program.begin, donate_argnums=0)(origin.load(like))
           else:
             state = jax.jit(lambda: run.program.init(jax.random.key(config.seed)))()
-      jax.block_until_ready(state)
+          jax.block_until_ready(state)  # a device may say it only now
       restored = time.perf_counter() - restoring
       if hosts.first():
         write_record(workdir, config, record, corpora.first)

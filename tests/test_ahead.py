@@ -278,6 +278,25 @@ def test_a_refused_file_leaves_a_run_as_it_was(straight, corpus, tmp_path):
   assert here() == before
 
 
+@pytest.mark.parametrize(
+  'said, told',
+  [
+    ('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand where', Mistake),
+    ('INTERNAL: Gloo', jax.errors.JaxRuntimeError),
+  ],
+)
+def test_a_step_that_lacks_memory_is_told_with_what_to_do(one, monkeypatch, said, told):
+  _, run, mesh = one
+
+  def lacks(*_):
+    raise jax.errors.JaxRuntimeError(said)
+
+  monkeypatch.setattr(ahead, '_compile', lambda *_: lacks)
+  with pytest.raises(told, match=re.escape(said.splitlines()[0])) as caught:
+    ahead.step(run, mesh)({})
+  assert ('a smaller --config.compute.microbatch' in str(caught.value)) == (told is Mistake)
+
+
 def test_a_refusal_for_memory_is_told_from_others():
   used = 'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.25G of 31.25G hbm.'
   assert ahead.out_of_memory(used) == (33.25 * 2**30, 31.25 * 2**30)

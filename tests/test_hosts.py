@@ -222,24 +222,26 @@ import jax
 from gptjax import hosts
 
 hosts.ASK_SECONDS = hosts.END_SECONDS = 1
-index = int(sys.argv[2])
+index, leaving = map(int, sys.argv[2:])
 hosts.join(f'{sys.argv[1]},2,{index}')
 jax.devices()
 with hosts.leaving_at_once():
   time.sleep(3)  # while nobody leaves, nothing happens
-  if index:
+  if index == leaving:
     raise KeyboardInterrupt
   hosts._client().wait_at_barrier('that the other never comes to', 90_000)
 """
 
 
-def test_a_process_that_waits_in_a_barrier_for_one_that_left_ends(start_python, free_port):
-  at = f'127.0.0.1:{free_port()}'
-  waiting, leaving = (start_python(['-c', WAITS, at, str(i)]) for i in range(2))
-  _, err = finished(leaving, code=130, timeout=60)
-  assert 'process 1 of 2: interrupted' in err
-  _, err = finished(waiting, code=1, timeout=30)  # long before heartbeats are missed
-  assert 'process 0 of 2 ended, since process 1 did: interrupted; the same command goes' in err
+@pytest.mark.parametrize('leaving', [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_waits_in_a_barrier_for_one_that_left_ends(start_python, free_port, leaving):
+  at, waiting = f'127.0.0.1:{free_port()}', 1 - leaving
+  processes = [start_python(['-c', WAITS, at, str(i), str(leaving)]) for i in range(2)]
+  _, err = finished(processes[leaving], code=130, timeout=60)
+  assert f'process {leaving} of 2: interrupted' in err
+  _, err = finished(processes[waiting], code=1, timeout=30)  # long before heartbeats are missed
+  told = f'process {waiting} of 2 ended, since process {leaving} did: interrupted; the same command'
+  assert told in err
 
 
 def test_processes_that_differ_are_refused(corpus, tmp_path, free_port, start_python):

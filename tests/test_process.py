@@ -5,9 +5,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from gptjax import process
+from tests import small
 
 
 def test_the_age_of_this_process_grows_with_the_clock():
@@ -27,6 +29,11 @@ def test_one_that_is_gone_is_told_even_if_nobody_has_waited_for_it():
   child.wait()
   with pytest.raises(OSError):
     process.began(child.pid)
+
+
+def test_a_cpu_alone_is_waited_for_and_no_other_device():
+  assert process.waits_for(jax.devices()[0])
+  assert not process.waits_for(small.Device('gpu'))
 
 
 STEPS = """

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import chaos
-from gptjax import checkpoint, preemption, skips, train
+from gptjax import checkpoint, preemption, process, skips, train
 from gptjax.config import resolve
 from gptjax.errors import Mistake
 from tests.conftest import DEVICES, FAST
@@ -62,8 +62,12 @@ def test_a_bad_step_is_left_out_and_told(poisoned, corpus, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_streak_rolls_back_and_ends_as_if_never_seen(poisoned, corpus, tmp_path, capsys):
+@pytest.mark.parametrize('waits', [False, True])
+def test_a_streak_rolls_back_and_ends_as_if_never_seen(
+  poisoned, corpus, tmp_path, capsys, monkeypatch, waits
+):
   """The checkpoint made while the state was bad is forgotten; the clock jumps."""
+  monkeypatch.setattr(process, 'waits_for', lambda device: waits)
   poisoned.append((range(216, 288), 1.0, NAN))  # a checkpoint is made at 216, and one at 288
   run(tmp_path / 'run', corpus, stability__streak=3)
   told = capsys.readouterr().out

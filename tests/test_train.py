@@ -17,7 +17,7 @@ from jax._src.array import ArrayImpl
 
 from benchmarks import chaos
 from configs import tiny
-from gptjax import checkpoint, export, flags, integrity, schedule, sharding, train
+from gptjax import checkpoint, export, flags, integrity, process, schedule, sharding, train
 from gptjax.config import resolve
 from gptjax.data import corpora, dataset, loader, mixture
 from gptjax.data.mixture import Mixture, Stage
@@ -150,7 +150,10 @@ def test_a_run_goes_from_a_pipeline_to_none_and_back(corpus, tmp_path, capsys):
     assert record['sequences'] == 96
 
 
-def test_ramp_compiles_once_and_steps_are_read_one_behind(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize('waits', [False, True])
+def test_ramp_compiles_once_and_no_step_waits_for_a_reader(corpus, tmp_path, monkeypatch, waits):
+  """Steps are read one behind; where they are done when the call returns, at once."""
+  monkeypatch.setattr(process, 'waits_for', lambda device: waits)
   compiled, events = [], []
   listen = lambda name, seconds, **_: compiled.append(name) if 'backend_compile' in name else None
   jax.monitoring.register_event_duration_secs_listener(listen)
@@ -194,9 +197,10 @@ def test_ramp_compiles_once_and_steps_are_read_one_behind(corpus, tmp_path, monk
   # dispatch 0, dispatch 1, read 0, dispatch 2, read 1, … : one step runs while one is read.
   kinds = ''.join(kind[0] for kind, _ in events)
   n = len(starts)
-  assert kinds == 'd' + 'dr' * (n - 1) + 'r'
+  assert kinds == ('dr' * n if waits else 'd' + 'dr' * (n - 1) + 'r')
   # Seven numbers each time, and no other look at a device until the last step was dispatched.
-  assert [reads.count(i) for i in range(n)] == [0, 0] + [7] * (n - 2)
+  none = 1 if waits else 2
+  assert [reads.count(i) for i in range(n)] == [0] * none + [7] * (n - none)
 
 
 def test_stream_of_a_run_is_the_order_of_the_clock(corpus):
