@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax import checkpoint, compiler, files, hosts, process, sharding
+from gptjax import checkpoint, compiler, files, flags, hosts, process, sharding
 from gptjax.config import Run
 from gptjax.data import dataset
 from gptjax.errors import Mistake, mistake, told_as
@@ -89,7 +89,7 @@ def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
     compiled = futures.Future()
     compiled.set_result(load(run.compiled, run, mesh))
   else:
-    compiling = futures.ThreadPoolExecutor(1, 'compiling')
+    compiling = futures.ThreadPoolExecutor(1, flags.COMPILING)
     compiled = compiling.submit(_compile, run, mesh)
     compiling.shutdown(wait=False)
 

@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -15,6 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gptjax.errors import Mistake, mistake, raise_all, told_as, told_plainly
+
+COMPILING = 'compiling'  # begins the names of threads that no program waits for when it fails
 
 
 def run(
@@ -25,7 +28,7 @@ def run(
   `--help` prints `doc` and, given a config, its knobs. Flags that are no knobs are taken by
   `options`, if there is one, and what it makes of them is the second argument of `main`.
   """
-  with told_plainly():
+  with _ending_at_once(), told_plainly():
     if {'--help', '-help', '-h'} & set(sys.argv[1:]):
       words = options.parse_known_args(sys.argv[1:])[1] if options else sys.argv[1:]
       print(_help([sys.argv[0], *words], doc))
@@ -36,6 +39,20 @@ def run(
     flags.FLAGS(sys.argv[:1])
     with told_where_stopped(), _lacks_nothing(sys.argv):
       main(config, own) if options else main(config)
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+  """Ends with a code at once, though a step still compiles: Python would wait for that thread."""
+  try:
+    yield
+  except SystemExit as e:
+    compiles = any(thread.name.startswith(COMPILING) for thread in threading.enumerate())
+    if not (compiles and isinstance(e.code, int)):
+      raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(e.code)
 
 
 @contextlib.contextmanager

@@ -166,6 +166,26 @@ def test_entry(tmp_path, config_file):
   assert broken.returncode == 1 and 'ZeroDivisionError' in broken.stderr
 
 
+COMPILES = """
+import time
+from concurrent import futures
+from gptjax import flags
+from gptjax.errors import Mistake
+
+def main(config):
+  futures.ThreadPoolExecutor(1, flags.COMPILING).submit(time.sleep, 600)
+  print('begun')
+  raise Mistake('no room')
+
+flags.run(main, '')
+"""
+
+
+def test_a_mistake_does_not_wait_for_what_still_compiles(run_python, config_file):
+  done = run_python(['-c', COMPILES, f'--config={config_file}'], timeout=60, code=2)
+  assert (done.stdout, done.stderr) == ('begun\n', 'error: no room\n')
+
+
 def test_help(tmp_path, config_file):
   done = entry(tmp_path, '--help')
   assert done.returncode == 0 and 'Says the layers.' in done.stdout
