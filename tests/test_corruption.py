@@ -46,6 +46,7 @@ def test_words_that_change_places_are_seen():
     assert len({int(jax.jit(corruption._sum)(x)) for x in others}) == 5
 
 
+@pytest.mark.slow
 def test_a_step_is_computed_twice():
   program = small.program()
   with small.on(2, 2, 2):

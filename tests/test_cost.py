@@ -23,6 +23,7 @@ def test_a_step_is_its_slices_and_the_model_is_in_it():
   assert made.settings.knobs()['compute.microbatch'] == 1 and made.settings.shape == '1·2·2·2'
 
 
+@pytest.mark.slow
 def test_a_pipeline_idles_in_some_of_its_turns():
   made = plans.planned(mesh__stage=2, mesh__data=4, model__n_layers=4, compute__microbatch=2)
   assert made.turns == 2 and made.idle == 2 / (made.run.slices + 2)
@@ -31,6 +32,7 @@ def test_a_pipeline_idles_in_some_of_its_turns():
   assert f'pipeline       {2 / turns:12.1%}' in plan_table.table(made)
 
 
+@pytest.mark.slow
 def test_the_ramp_fills_up_slices():
   made = plans.planned(batch__ramp_tokens=2048.0, compute__microbatch=3, mesh__data=8)
   # Rungs of 8 and 16 in slices of 24.

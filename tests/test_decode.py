@@ -84,6 +84,7 @@ def test_what_is_seen_fits_and_only_grows_until_half_is_let_go(context):
   assert {b - a for a, b in zip(begins, begins[1:], strict=False)} <= {0, max(1, context // 2)}
 
 
+@pytest.mark.slow
 def test_what_is_drawn_for_a_row_depends_on_nothing_else_in_the_batch(loud):
   prompts = [[3, 1, 4], [7] * 9, [2]]
   together = sampled(loud, prompts, 30, WARM, seed=3)

@@ -73,6 +73,7 @@ def test_lost_steps_are_counted_when_they_are_taken_again(corpus, tmp_path, star
   assert len(records(tmp_path)) == 20
 
 
+@pytest.mark.slow
 def test_metrics_are_on_disk_before_the_checkpoint_that_covers_them(corpus, tmp_path, monkeypatch):
   order, fsync, save = [], os.fsync, checkpoint.Checkpoints.save
 
