@@ -76,15 +76,16 @@ def test_products_of_bf16_on_a_cpu_are_the_same_in_stages():
 
 
 # As many slices as stages, fewer, and more that are no multiple of them.
+@SLOW
 @pytest.mark.parametrize(
   'mesh, slices',
   [
-    pytest.param((4, 2, 1, 1), 2, marks=SLOW),
-    pytest.param((2, 1, 1, 1), 2, marks=SLOW),
-    pytest.param((2, 1, 2, 2), 5, marks=SLOW),
-    pytest.param((2, 2, 1, 2), 5, marks=SLOW),
-    pytest.param((4, 2, 1, 1), 6, marks=SLOW),
-    pytest.param((8, 1, 1, 1), 5, marks=SLOW),
+    ((4, 2, 1, 1), 2),
+    ((2, 1, 1, 1), 2),
+    ((2, 1, 2, 2), 5),
+    ((2, 2, 1, 2), 5),
+    ((4, 2, 1, 1), 6),
+    ((8, 1, 1, 1), 5),
   ],
 )
 def test_gpipe_is_1f1b(mesh, slices):
