@@ -100,13 +100,7 @@ def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
       process.keep_memory()
     return result
 
-  together = hosts.called_together(made)
-
-  def take(*args):
-    with _memory_told():
-      return together(*args)
-
-  return take
+  return _memory_told()(hosts.called_together(made))
 
 
 @contextlib.contextmanager
