@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from gptjax.compiler import apart
 from gptjax.products import as_bits, of_bits
 
 # Query rows per chunk, and into how many groups a dense layer's chunks fall: measured on CPU.
@@ -86,8 +87,11 @@ def _groups(L: int, window: int | None) -> tuple[int, list[tuple[int, int, int]]
   """
   n = -(-L // ROWS)
   rows = -(-L // n)
-  if window is not None and window + rows - 1 < L:
-    return rows, [(0, n, window + rows - 1)]
+  if window is not None:
+    S = window + rows - 1
+    S += S % 2  # an odd number of keys is slower to multiply
+    if S < L:
+      return rows, [(0, n, S)]
   # Two chunks or more to a group: XLA unrolls a loop of one, and then holds all groups at once.
   G = max(1, min(n // 2, MAX_GROUPS))
   ends = [n * g // G for g in range(G + 1)]
@@ -174,9 +178,15 @@ def _backward(window, dropout, saved, do_blhk):
   L, H, K = q_blhk.shape[1:]
   rows, _ = _groups(L, window)
   k_all, v_all = _by_head(k_bshk, rows), _by_head(v_bshk, rows)
-  delta_blh = (do_blhk.astype(jnp.float32) * of_bits(o_blhk)).sum(-1, keepdims=True)
+  # Apart, since XLA's CPU backend takes ten times as long to sum what it multiplies meanwhile.
+  terms_blhk = apart(lambda do, o: do.astype(jnp.float32) * of_bits(o))(do_blhk, o_blhk)
+  delta_blh = terms_blhk.sum(-1, keepdims=True)
 
   # Keys before queries, [s, l]: with [l, s] XLA's CPU backend has no fast product for dk and dv.
+  # For dq it has one if that is [k, l]: turned at once, XLA would fold that into the product, which
+  # is then none of bf16.
+  k_all_bhks = k_all.swapaxes(-1, -2)
+
   def chunk(grads, query_l, start, S, x):
     q_bhlk, do_bhlk, lse_bhl, delta_bhl1 = x
     at_keys = lambda x: lax.dynamic_slice_in_dim(x, start, S, 2)
@@ -194,14 +204,15 @@ def _backward(window, dropout, saved, do_blhk):
     da_bhsl = da_bhsl.astype(q_bhlk.dtype)
     dk_bhsk = dot_f32('bhsl,bhlk->bhsk', da_bhsl, q_bhlk)
     dv_bhsk = dot_f32('bhsl,bhlk->bhsk', kept_p_bhsl.astype(q_bhlk.dtype), do_bhlk)
-    dq_bhlk = dot_f32('bhsl,bhsk->bhlk', da_bhsl, k_bhsk)
-    return (add(grads[0], dk_bhsk), add(grads[1], dv_bhsk)), dq_bhlk.astype(q_bhlk.dtype)
+    k_bhks = lax.dynamic_slice_in_dim(k_all_bhks, start, S, 3)
+    dq_bhkl = dot_f32('bhks,bhsl->bhkl', k_bhks, da_bhsl)
+    return (add(grads[0], dk_bhsk), add(grads[1], dv_bhsk)), dq_bhkl.astype(q_bhlk.dtype)
 
   xs = _by_chunk(q_blhk, rows), _by_chunk(do_blhk, rows), lse_ibhl, _by_chunk(delta_blh, rows)
   grads = jnp.zeros_like(k_all, jnp.float32), jnp.zeros_like(v_all, jnp.float32)
-  grads, dq_ibhlk = _scan_chunks(chunk, grads, L, window, xs)
+  grads, dq_ibhkl = _scan_chunks(chunk, grads, L, window, xs)
   dk_bshk, dv_bshk = (g.transpose(0, 2, 1, 3)[:, :L].astype(k_bshk.dtype) for g in grads)
-  return _by_row(dq_ibhlk, L), dk_bshk, dv_bshk, None
+  return _by_row(dq_ibhkl.swapaxes(-1, -2), L), dk_bshk, dv_bshk, None
 
 
 _chunked.defvjp(_forward, _backward)

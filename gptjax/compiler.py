@@ -8,8 +8,10 @@ there is left out here.
 import os
 import pathlib
 import re
+from collections.abc import Callable
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 SAID_IN = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
 # By platform, because no compiler takes an option of another. A GPU's has none: collectives go on
@@ -39,6 +41,20 @@ def options(platform: str) -> dict[str, bool | int | str] | None:
   together = platform == 'cpu' and jax.distributed.is_initialized()  # which starts no device
   wanted = {} if together else OPTIONS.get(platform, {})
   return {name: value for name, value in wanted.items() if name not in said} or None
+
+
+def apart(function: Callable) -> Callable:
+  """The function, whose arguments XLA computes before it and not within it.
+
+  XLA's CPU backend drops barriers before it fuses, and then computes one by one what it writes
+  transposed.
+  """
+
+  def call(*args):
+    with set_xla_metadata(inlineable='false'):
+      return jax.jit(function)(*args)
+
+  return call
 
 
 def fix_order(deterministic: bool) -> None:

@@ -92,3 +92,17 @@ def test_a_compiler_takes_its_options(platform):
   assert square(compiler.options(platform))
   with pytest.raises(Exception, match='xla_no_such_option'):
     square({'xla_no_such_option': True})
+
+
+def test_what_is_apart_is_computed_before():
+  """Else XLA would compute the hyperbolic tangent in the loop that transposes it."""
+
+  def is_within(transpose):
+    text = jax.jit(lambda x: transpose(jnp.tanh(x))).lower(x).compile().as_text()
+    (found,) = [computation for computation in text.split('\n\n') if ' tanh(' in computation]
+    return ' transpose(' in found
+
+  x = jnp.arange(64.0).reshape(4, 16)
+  np.testing.assert_array_equal(compiler.apart(jnp.transpose)(x), x.T)
+  assert is_within(jnp.transpose)
+  assert not is_within(compiler.apart(jnp.transpose))
