@@ -34,7 +34,8 @@ PARTS = {
 def imports(environment: Mapping[str, str]) -> float:
   """Seconds of a process that imports what a run does, and ends."""
   start = time.perf_counter()
-  subprocess.run([sys.executable, '-c', 'import gptjax.train'], check=True, env=environment)
+  code = 'import sys; sys.argv[0] = "-m"; import gptjax.train'  # as with `-m gptjax.train`
+  subprocess.run([sys.executable, '-c', code], check=True, env=environment)
   return time.perf_counter() - start
 
 

@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax import checkpoint, compiler, files, flags, hosts, process, sharding
+from gptjax import checkpoint, compiler, files, flags, garbage, hosts, process, sharding
 from gptjax.config import Run
 from gptjax.data import dataset
 from gptjax.errors import Mistake, mistake, told_as
@@ -95,6 +95,7 @@ def step(run: Run, mesh: jax.sharding.Mesh) -> Callable:
 
   def made(*_):
     result = compiled.result()
+    garbage.look_as_usual()
     process.give_memory_back()  # what compiling took, and what making the state did
     if mesh.devices.flat[0].platform == 'cpu':
       process.keep_memory()

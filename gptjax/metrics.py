@@ -21,6 +21,7 @@ from gptjax.errors import Mistake
 
 EVENTS_PER_FILE = 50_000  # of TensorBoard's in a bucket: some 4 MB
 SEND_SECONDS = 30.0  # after which such a file is sent anew
+BEFORE_STEPS = ('start', 'baseline')  # the kinds of records that are written before a first step
 
 # Dense bf16 FLOP/s of one JAX device, by the exact `device_kind`: data sheets often print the
 # doubled figure for structured sparsity, and a part of a name is shared by chips that differ
@@ -154,7 +155,7 @@ class MetricsWriter:
       if name not in ('tokens', 'time') and isinstance(value, int | float)
     }
     if self._tensorboard:
-      self._tensorboard.add(scalars, tokens)
+      self._tensorboard.add(scalars, tokens, wait=kind in BEFORE_STEPS)
     if self._wandb:
       self._wandb.log(scalars | {'tokens': tokens})
 
@@ -192,7 +193,11 @@ def _tensorboardx():
 
 
 class _TensorBoard:
-  """Files of TensorBoard in a workdir; for a bucket they are made here, and sent now and then."""
+  """Files of TensorBoard in a workdir; for a bucket they are made here, and sent now and then.
+
+  Opened when there is something that need not wait, since for that a lot is imported, which a
+  run's first step would wait for.
+  """
 
   def __init__(self, workdir: epath.Path, purge: int | None):
     self._to = workdir / 'tensorboard'
@@ -200,7 +205,7 @@ class _TensorBoard:
     self._folder = tempfile.mkdtemp(prefix='gptjax-tensorboard-') if self._remote else self._to
     self._thread = futures.ThreadPoolExecutor(1, 'tensorboard')
     self._sending: futures.Future | None = None
-    self._open(purge)
+    self._purge, self._writer, self._waiting = purge, None, []
 
   def _open(self, purge):
     self._written, self._sent = 0, time.monotonic()
@@ -212,10 +217,20 @@ class _TensorBoard:
       filename_suffix=f'.{time.time_ns()}',
     )
 
-  def add(self, scalars: Mapping[str, float], tokens: int) -> None:
-    for name, value in scalars.items():
-      self._writer.add_scalar(name, value, tokens)
-    self._written += len(scalars)
+  def add(self, scalars: Mapping[str, float], tokens: int, wait: bool) -> None:
+    """Adds numbers; to `wait` is to be written together with what comes next."""
+    self._waiting.append((scalars, tokens))
+    if not wait:
+      self._write()
+
+  def _write(self):
+    if self._writer is None:
+      self._open(self._purge)
+    for scalars, tokens in self._waiting:
+      for name, value in scalars.items():
+        self._writer.add_scalar(name, value, tokens)
+      self._written += len(scalars)
+    self._waiting.clear()
     if not self._remote or time.monotonic() - self._sent < SEND_SECONDS:
       return
     if self._sending is None or self._sending.done():
@@ -235,7 +250,10 @@ class _TensorBoard:
       path.unlink()
 
   def close(self) -> None:
-    self._writer.close()
+    if self._waiting:
+      self._write()
+    if self._writer:
+      self._writer.close()
     self._thread.shutdown()
     if not self._remote:
       return

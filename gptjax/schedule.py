@@ -157,7 +157,8 @@ def due(every: int, start: int, end: int) -> bool:
 def at(schedule: optax.Schedule, sequences: int) -> np.float32:
   """A schedule's value at a position of the clock, computed where no training step is waiting."""
   with jax.default_device(_host()):
-    return np.float32(schedule(np.int32(sequences)))
+    # As one program: number by number it is a dozen, which every start would compile anew.
+    return np.float32(jax.jit(schedule)(np.int32(sequences)))
 
 
 @functools.cache

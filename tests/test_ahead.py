@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import gpt3
-from gptjax import ahead, compiler, process, train
+from gptjax import ahead, compiler, garbage, process, train
 from gptjax.config import resolve
 from gptjax.errors import Mistake
 from tests import plans, runs, small
@@ -106,8 +106,9 @@ def test_memory_is_kept_for_a_step_from_a_file_too(one, monkeypatch):
   called = []
   for name in ('give_memory_back', 'keep_memory'):
     monkeypatch.setattr(process, name, lambda name=name: called.append(name))
+  monkeypatch.setattr(garbage, 'look_as_usual', lambda: called.append('garbage'))
   taken(ahead.step(dataclasses.replace(run, compiled=str(path)), mesh), run, mesh)
-  assert called == ['give_memory_back', 'keep_memory']
+  assert called == ['garbage', 'give_memory_back', 'keep_memory']
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ FLOORS = {
   'preemption': 0,
   'watchdog': 0,
   'process': 0,
+  'garbage': 0,
   'corruption': 1,
   'lease': 0.5,
   'goodput': 0,

@@ -81,6 +81,27 @@ def test_tensorboard_shows_every_number_against_tokens(tmp_path):
   assert 'train/kind' not in tags and 'train/tokens' not in tags
 
 
+@pytest.mark.parametrize('steps', [0, 1])
+def test_tensorboard_is_imported_after_a_first_step_and_loses_nothing(tmp_path, run_python, steps):
+  start = train(0) | {'kind': 'start', 'setup_seconds': 1.5}
+  code = f"""
+import pathlib, sys
+from gptjax import metrics
+with metrics.MetricsWriter(
+  pathlib.Path({str(tmp_path)!r}), resume_at=0, tensorboard=True
+) as writer:
+  writer.write({start!r})
+  assert 'tensorboardX' not in sys.modules
+  for _ in range({steps}):
+    writer.write({train(2)!r})
+    assert 'tensorboardX' in sys.modules
+"""
+  run_python(['-c', code], timeout=60)
+  tags = shown(tmp_path)
+  assert tags['start/setup_seconds'] == {0: 1.5}
+  assert list(tags.get('train/loss', {})) == [2 * CONTEXT] * steps
+
+
 def test_tensorboard_takes_more_tokens_than_an_int32(tmp_path):
   write(tmp_path, [train(2, tokens=300 * 10**9)], tensorboard=True)
   assert list(shown(tmp_path)['train/loss']) == [300 * 10**9]

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,6 +41,18 @@ def test_learning_rate_ends_at_its_fraction_and_stays(fraction):
 
 def test_learning_rate_without_warmup_starts_at_the_peak():
   assert schedule.at(schedule.learning_rate(1.0, 0, 100, 0.1, 1), 0) == 1
+
+
+def test_learning_rate_is_compiled_once():
+  compiled = []
+  listen = lambda name, seconds, **_: compiled.append(name) if 'backend_compile' in name else None
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    rate = schedule.learning_rate(1.0, 10, 100, 0.1, 1)
+    values = {float(schedule.at(rate, sequences)) for sequences in range(0, 100, 9)}
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert len(values) == 12 and len(compiled) == 1
 
 
 def test_learning_rate_that_never_decays_is_refused():
