@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import hypothesis
 import psutil
@@ -60,6 +60,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reason = 'no GPU here'
   for item in on_gpu:
     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+  """An event of JAX for each program that is compiled while a test runs."""
+  import jax
+
+  events = []
+  listen = lambda name, seconds, **_: events.append(name) if 'backend_compile' in name else None
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield events
+  jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope='session')

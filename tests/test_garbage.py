@@ -16,5 +16,5 @@ gc.set_threshold(5)
 garbage.look_as_usual()
 print(gc.get_threshold()[0] == 5)
 """
-  told = run_python(['-c', code], timeout=60).stdout.split()
+  told = run_python(code, timeout=60).stdout.split()
   assert told == [str(rarely), 'True', 'True']

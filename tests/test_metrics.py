@@ -96,7 +96,7 @@ with metrics.MetricsWriter(
     writer.write({train(2)!r})
     assert 'tensorboardX' in sys.modules
 """
-  run_python(['-c', code], timeout=60)
+  run_python(code, timeout=60)
   tags = shown(tmp_path)
   assert tags['start/setup_seconds'] == {0: 1.5}
   assert list(tags.get('train/loss', {})) == [2 * CONTEXT] * steps

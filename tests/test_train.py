@@ -151,12 +151,12 @@ def test_a_run_goes_from_a_pipeline_to_none_and_back(corpus, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('waits', [False, True])
-def test_ramp_compiles_once_and_no_step_waits_for_a_reader(corpus, tmp_path, monkeypatch, waits):
+def test_ramp_compiles_once_and_no_step_waits_for_a_reader(
+  corpus, tmp_path, monkeypatch, compiled, waits
+):
   """Steps are read one behind; where they are done when the call returns, at once."""
   monkeypatch.setattr(process, 'waits_for', lambda device: waits)
-  compiled, events = [], []
-  listen = lambda name, seconds, **_: compiled.append(name) if 'backend_compile' in name else None
-  jax.monitoring.register_event_duration_secs_listener(listen)
+  events = []
 
   class Watched(train.Trainer):
     def __init__(self, *args):
