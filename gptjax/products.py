@@ -117,10 +117,11 @@ def _standing(x):
   number by number, and either step alone it would fold into the product, which is then no fast one.
   """
   B, L, *rest, E = x.shape
-  spec, local = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.shard_shape(x.shape)
+  lying = jax.typeof(x).sharding
+  spec = lying.spec
   b, l, *dims, e = spec.partitions
   lies = functools.partial(P, reduced=spec.reduced, unreduced=spec.unreduced)
-  size = math.gcd(PIECE, local[-1])
+  size = math.gcd(PIECE, lying.shard_shape(x.shape)[-1])
   cut = (B, L, *rest, E // size, size)
   pieces = jax.lax.reshape(x, cut, out_sharding=lies(b, l, *dims, e, None))
   rows_last = apart(lambda x: jnp.moveaxis(x, -1, -3))(jnp.moveaxis(pieces, (0, 1), (-3, -2)))
