@@ -58,11 +58,12 @@ class Checkpoints:
 
   def __init__(self, folder: str | os.PathLike, keep: int, keep_every: int = 0):
     """Keeps the newest, and besides the first at or after each multiple of `keep_every`."""
-    # It deletes none: the old ones go when the newest has its lists.
-    options = ocp.CheckpointManagerOptions(
-      cleanup_tmp_directories=True, enable_async_checkpointing=True
-    )
     self._folder = files.folder(folder)
+    # It deletes none: the old ones go when the newest has its lists. In a bucket it would delete
+    # what is unfinished, which goes aside here, and on a disk has another name.
+    options = ocp.CheckpointManagerOptions(
+      cleanup_tmp_directories=not files.in_bucket(self._folder), enable_async_checkpointing=True
+    )
     self._aside = self._folder.with_name(ASIDE)
     self._manager = ocp.CheckpointManager(
       self._folder,

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from etils import epath
 
 from benchmarks import chaos
 from gptjax import files, generate, journal, lease, metrics, report
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import resolve
 from gptjax.errors import Mistake
 from gptjax.lease import Lease
@@ -67,8 +69,9 @@ def bucket(runs, request):
 
 
 def tree(folder):
-  """The names of all that is in a folder and those in it."""
-  return {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
+  """The names of all files in a folder and in those in it."""
+  start = str(folder).removeprefix('gs://')
+  return {path.removeprefix(f'{start}/') for path in fsspec.filesystem('gs').find(start)}
 
 
 @pytest.mark.slow
@@ -106,6 +109,20 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(
   assert 'state' in files.names(bucket / 'damaged' / '384.0') and last.exists()
   assert 'is not what was written' in (bucket / 'damaged' / '384.0.txt').read_text()
   same_run(bucket, straight, corpus)
+
+
+def test_what_was_not_finished_there_goes_aside_and_is_not_deleted(bucket, capsys):
+  folder = bucket / 'checkpoints'
+  (folder / '64' / 'state' / 'd' / 'part').write_bytes(b'part')
+  state = {'x': np.arange(4)}
+  with Checkpoints(folder, keep=2) as checkpoints:
+    checkpoints.save(32, state, {})  # whatever Orbax does to what is there it does before
+    checkpoints.wait()
+    assert tree(folder / '64') == {'state/d/part'}
+    assert checkpoints.newest_whole() == 32
+  assert 'aside    checkpoint 64: ' in capsys.readouterr().out
+  assert files.names(folder) == ['32']
+  assert tree(bucket / 'damaged') == {'64.unfinished/state/d/part', '64.unfinished.txt'}
 
 
 def same_run(bucket, straight, corpus):
