@@ -79,11 +79,13 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(
   bucket, straight, corpus, start_python, run_python, tmp_path, monkeypatch, capsys
 ):
   command = args(bucket, corpus, log__tensorboard=True, profile='3-3')
-  first = start_python(command)
-  while first.poll() is None and not files.names(bucket / 'checkpoints'):
-    time.sleep(0.05)
-  first.send_signal(signal.SIGKILL)
-  first.communicate()
+  for _ in range(3):  # it is killed while it saves
+    process, before = start_python(command), {*files.names(bucket / 'checkpoints')}
+    while process.poll() is None and {*files.names(bucket / 'checkpoints')} <= before:
+      time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
   printed = run_python(command, timeout=200).stdout
   assert printed.splitlines()[-2:] == straight[1].splitlines()[-2:]
   same_run(bucket, straight, corpus)
