@@ -9,8 +9,10 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 SAID_IN = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
@@ -55,6 +57,17 @@ def apart(function: Callable) -> Callable:
       return jax.jit(function)(*args)
 
   return call
+
+
+def written(*arrays: Any) -> tuple:
+  """The arrays, or trees of them, which a GPU has written before it reads what comes out here.
+
+  What sums it does not write in place: XLA would make one of an update and the norms of it, and
+  then copy params and moments to where they were.
+  """
+  return lax.platform_dependent(
+    *arrays, default=lambda *same: same, cuda=lambda *same: lax.optimization_barrier(same)
+  )
 
 
 def fix_order(deterministic: bool) -> None:

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from gptjax import pipeline, products, sharding, stability
+from gptjax import compiler, pipeline, products, sharding, stability
 from gptjax.cache import Cache
 from gptjax.loss import cross_entropy, logits, next_logits, token_losses
 from gptjax.model import GPT, Numerics
@@ -233,12 +233,13 @@ class Program:
     # Not only an update of 0: -0 and 0 are 0, and a CPU makes 0 of what is nearly 0.
     params = stability.choose(good, optax.apply_updates(params, updates), params)
     new = {'params': params, 'moments': moments}
+    updates, params = compiler.written(updates, params)
     health = self.guard.after(state['health'], judged, start, loss, grad_norm)
     metrics = {
       'loss': loss,
       'grad_norm': grad_norm,
       'update_norm': optax.tree.norm(updates),
-      'param_norm': optax.tree.norm(new['params']),
+      'param_norm': optax.tree.norm(params),
       'judged': judged,
       'streak': health['streak'],
       'since': health['since'],

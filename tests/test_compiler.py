@@ -1,13 +1,16 @@
 """What XLA is asked for is in one place, reaches every step, and yields to the user's own flags."""
 
+import dataclasses
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import ahead, compiler
+from gptjax import ahead, compiler, cost
+from gptjax.config import resolve
 from gptjax.errors import Mistake
 from tests import plans, small
 
@@ -106,3 +109,22 @@ def test_what_is_apart_is_computed_before():
   np.testing.assert_array_equal(compiler.apart(jnp.transpose)(x), x.T)
   assert is_within(jnp.transpose)
   assert not is_within(compiler.apart(jnp.transpose))
+
+
+def test_a_gpu_writes_what_it_then_sums_and_others_need_not():
+  summed = jax.jit(lambda x: compiler.written({'x': x})[0]['x'].sum()).trace(jnp.ones(8))
+  told = {
+    name: summed.lower(lowering_platforms=(name,)).as_text() for name in ('cuda', 'cpu', 'tpu')
+  }
+  assert [name for name, text in told.items() if 'optimization_barrier' in text] == ['cuda']
+
+
+@pytest.mark.slow
+def test_a_gpu_copies_no_params_and_no_moments():
+  machine = small.machine_or_skip(PLATFORMS['gpu'])
+  one = dataclasses.replace(machine, devices=machine.devices[:1])
+  wide = {'model__d_model': 256, 'model__d_ff': 8192, 'compute__microbatch': 24}
+  run = resolve(plans.config(compute__dtype='bfloat16', **wide), one.devices)
+  text = cost.plan_for(run, one).compiled.as_text()
+  up = re.escape('f32[2,256,8192]{2,1,0}')
+  assert re.search(rf'= {up} parameter\(', text) and not re.search(rf'= {up} copy\(', text)
