@@ -10,7 +10,7 @@ from flax import nnx
 
 from gptjax import attention, sharding
 from gptjax.errors import Mistake
-from gptjax.model import GPT, REMAT, LayerNorm, drop, run_blocks
+from gptjax.model import GPT, REMAT, LayerNorm, drop, normalise, run_blocks
 from tests import small
 
 
@@ -323,6 +323,26 @@ def test_statistics_of_a_norm_are_in_f32():
   x = np.float64(x_btd)
   want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
   np.testing.assert_allclose(np.float64(got), want, rtol=1.01 * 2**-8)
+
+
+def test_gradient_of_a_norm_is_its_derivative():
+  """Which is written out: against differences of f64, of rows whose mean and scale are far off."""
+  random = np.random.default_rng(0)
+  x_btd, weight_btd, step_btd = random.normal(size=(3, 2, 16, 32))
+  x_btd = np.float32(3 + 5 * x_btd)
+
+  def want(x):
+    centred = x - x.mean(-1, keepdims=True)
+    return (weight_btd * centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5)).sum()
+
+  loss = lambda x_btd: (weight_btd.astype('f') * normalise(x_btd, jnp.float32)).sum()
+  got = np.float64(jax.jit(jax.grad(loss))(x_btd))
+  h = 1e-5 * step_btd
+  for b, t in np.ndindex(2, 16):
+    along = np.zeros_like(h)
+    along[b, t] = h[b, t]
+    differs = (want(x_btd + along) - want(x_btd - along)) / 2
+    np.testing.assert_allclose((got * along).sum(), differs, rtol=1e-4, atol=1e-10)
 
 
 def test_model_is_a_pytree_of_named_arrays():
