@@ -4,6 +4,7 @@ The same step in processes with and without it, in turns; takes what `benchmarks
 Elsewhere both are the same program.
 """
 
+import argparse
 import re
 import statistics
 import subprocess
@@ -19,7 +20,8 @@ def tokens_per_second(words: list[str]) -> float:
   return float(re.search(r'([\d,]+) tokens/s', printed)[1].replace(',', ''))
 
 
-def main(words: list[str]) -> None:
+def main() -> None:
+  _, words = argparse.ArgumentParser(description=__doc__).parse_known_args()
   rates = {False: [], True: []}
   for _ in range(ROUNDS):
     for fixed, found in rates.items():
@@ -29,4 +31,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  main()

@@ -90,8 +90,8 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
   mesh = found.keep(_mesh, config, len(devices))
   if shape and mesh:
     found.keep(sharding.check, shape, mesh, len(devices))
-  across = {}
-  if mesh and math.prod(mesh.values()) == len(devices):
+  across, fits = {}, mesh and math.prod(mesh.values()) == len(devices)
+  if fits:
     across = found.keep(sharding.cross, mesh, devices, config.mesh.slow_axes)
   dtype = found.keep(_dtype, config, devices[0].platform)
   remat = found.keep(_remat, config)
@@ -105,7 +105,8 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
   lr = found.keep(_lr, config) if config.model.context > 0 else None
   full = found.keep(_at_least, 'batch.sequences', config.batch.sequences, 1, LARGEST)
   ramp = found.keep(_ramp, config, total) if total and full else None
-  microbatch = found.keep(_microbatch, config, mesh) if mesh and full else None
+  rows = found.keep(_at_least, 'compute.microbatch', config.compute.microbatch, 1)
+  microbatch = found.keep(_microbatch, config, mesh, rows) if fits and full and rows else None
   chunk = found.keep(_at_least, 'compute.loss_chunk', config.compute.loss_chunk, 1)
   for name, value, least in (
     ('data.prefetch', config.data.prefetch, 0),
@@ -350,8 +351,7 @@ def _ramp(config, total) -> schedule.Ramp:
   return schedule.Ramp.linear(c.ramp_from, c.sequences, c.ramp_step, length, total)
 
 
-def _microbatch(config, mesh) -> int:
-  rows = _at_least('compute.microbatch', config.compute.microbatch, 1)
+def _microbatch(config, mesh, rows) -> int:
   data, fsdp = mesh['data'], mesh['fsdp']
   microbatch = data * fsdp * rows
   if config.batch.sequences % microbatch:

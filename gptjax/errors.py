@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -56,15 +57,26 @@ def needs(package: str, extra: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_plainly() -> Iterator[None]:
-  """Turns a Mistake into its message on stderr and exit code 2: for the door of an entry."""
+  """For the door of an entry: ends it without a traceback.
+
+  A Mistake is a message on stderr and exit code 2, Ctrl-C is 130, and a reader of the output that
+  went away, as `head` does, 141.
+  """
   # What a terminal cannot show is no reason to lose a run, or its result.
   if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
     sys.stdout.reconfigure(errors='backslashreplace')
   try:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as while all was imported
+      signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit: a thread of XLA's that still compiles crashes in a dying interpreter.
+    os._exit(130)
   except Mistake as e:
     print(f'error: {e}', file=sys.stderr)
     sys.exit(2)
-  except BrokenPipeError:  # who read the output went away, as `head` does
+  except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(141)

@@ -11,12 +11,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
+from os.path import expanduser
 
 import numpy as np
 import tqdm
 from etils import epath
 
-from gptjax import flags, scoring, trained
+from gptjax import scoring, trained
 from gptjax.data import dataset, sources
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import mistake, raise_all, told_as, told_plainly
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   part = log_probs = None
   if a.log_probs:
     with told_as(a.log_probs, 'a file to write', 'another place', OSError):
+      if epath.Path(a.log_probs).is_dir():
+        raise IsADirectoryError('a folder')
       part = epath.Path(f'{a.log_probs}.part')  # what is there stays until all is scored
       log_probs = part.open('w')
   counts, total = collections.Counter(), 0.0
@@ -94,11 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   which = parser.add_mutually_exclusive_group(required=True)
-  which.add_argument('--workdir', help='of the run whose last checkpoint is asked')
-  which.add_argument('--hf', metavar='DIR', help='a GPT-2 or GPT-Neo of Hugging Face instead')
+  which.add_argument('--workdir', type=expanduser, help='of the run whose last checkpoint is asked')
+  which.add_argument(
+    '--hf', type=expanduser, metavar='DIR', help='a GPT-2 or GPT-Neo of Hugging Face instead'
+  )
   what = parser.add_mutually_exclusive_group(required=True)
-  what.add_argument('--text', metavar='SOURCE', help='files, folders, globs; a document each')
-  what.add_argument('--data', metavar='FOLDER', help='a prepared corpus')
+  what.add_argument(
+    '--text', type=expanduser, metavar='SOURCE', help='files, folders, globs; a document each'
+  )
+  what.add_argument('--data', type=expanduser, metavar='FOLDER', help='a prepared corpus')
   parser.add_argument(
     '--split', choices=(dataset.VALIDATION, dataset.TRAIN), default=dataset.VALIDATION
   )
@@ -110,7 +117,10 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--batch', type=int, default=8, help='windows at a time (8)')
   parser.add_argument('--tensor', type=int, default=1, help='devices that the model is split over')
   parser.add_argument(
-    '--log-probs', metavar='FILE.jsonl', help='gets those of all tokens, a text a line'
+    '--log-probs',
+    type=expanduser,
+    metavar='FILE.jsonl',
+    help='gets those of all tokens, a text a line',
   )
   parser.add_argument('--json', action='store_true', help='prints the result as JSON')
   return parser
@@ -141,7 +151,8 @@ def _windows(a: argparse.Namespace, text: Tokenizer) -> Iterator[Text]:
   corpus = dataset.describe(a.data)
   if corpus.tokenizer != text.identity:
     got, wanted = 'another tokenizer than the model has', 'the same'
-    raise mistake(a.data, got, wanted, 'preparing it with --config.tokenizer=WORKDIR')
+    fix = f'preparing it with --config.tokenizer={a.workdir or a.hf}'
+    raise mistake(a.data, got, wanted, fix)
   opened = dataset.windows(corpus, a.split)
   size = getattr(corpus, a.split).bytes_per_token * corpus.context
   named = lambda i: f'{a.data}, {a.split} window {i}'
@@ -183,5 +194,5 @@ def _show(a: argparse.Namespace, total: float, counts: collections.Counter) -> N
 
 
 if __name__ == '__main__':
-  with told_plainly(), flags.told_where_stopped():
+  with told_plainly():
     main()

@@ -6,11 +6,12 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from os.path import expanduser
 
 import jax
 import numpy as np
 
-from gptjax import flags, hf_save, hf_tokenizer, products, trained
+from gptjax import hf_save, hf_tokenizer, products, trained
 from gptjax.errors import told_plainly
 from gptjax.sizes import Shape
 from gptjax.step import Program
@@ -25,8 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     Mistake: if there is no run, or it cannot be written as one of theirs.
   """
   parser = argparse.ArgumentParser(prog='python -m gptjax.export', description=__doc__)
-  parser.add_argument('--workdir', required=True, help='of the run, or a folder of Hugging Face')
-  parser.add_argument('--out', required=True, metavar='DIR', help='a folder that is not there yet')
+  parser.add_argument(
+    '--workdir', type=expanduser, required=True, help='of the run, or a folder of Hugging Face'
+  )
+  parser.add_argument(
+    '--out', type=expanduser, required=True, metavar='DIR', help='a folder that is not there yet'
+  )
   a = parser.parse_args(argv)
   run = trained.look(a.workdir)
   text = run.tokenizer()
@@ -55,5 +60,5 @@ def _logits(program: Program):
 
 
 if __name__ == '__main__':
-  with told_plainly(), flags.told_where_stopped():
+  with told_plainly():
     main()

@@ -37,7 +37,7 @@ def run(
     config = parse([sys.argv[0], *words], vars(own) if options else ())
     # Libraries with absl flags of their own refuse to be used before these are parsed.
     flags.FLAGS(sys.argv[:1])
-    with told_where_stopped(), _lacks_nothing(sys.argv):
+    with _lacks_nothing(sys.argv):
       main(config, own) if options else main(config)
 
 
@@ -69,18 +69,6 @@ def _lacks_nothing(argv: Sequence[str]) -> Iterator[None]:
     raise mistake('--config', told, 'a config of this program', 'configs/… of its name') from e
 
 
-@contextlib.contextmanager
-def told_where_stopped() -> Iterator[None]:
-  """Ends on Ctrl-C as programs do, without a traceback."""
-  try:
-    yield
-  except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    # Not sys.exit: a thread of XLA's that still compiles crashes in a dying interpreter.
-    os._exit(130)
-
-
 def parse(argv: Sequence[str], options: Collection[str] = ()) -> ConfigDict:
   """The locked config that a command line asks for. `argv[0]` is the program.
 
@@ -105,6 +93,8 @@ def parse(argv: Sequence[str], options: Collection[str] = ()) -> ConfigDict:
     given = [word]
     if not has_value and not boolean and words and not words[0].startswith('--'):
       given.append(words.pop(0))
+    if isinstance(knobs.get(whole), str):
+      given[-1] = _at_home(given[-1])
     if whole not in knobs or (no and not boolean):
       mistakes.append(_unknown(word, whole, knobs, options))
     elif wrong := _override(config, given, whole):
@@ -113,6 +103,11 @@ def parse(argv: Sequence[str], options: Collection[str] = ()) -> ConfigDict:
       )
   raise_all(mistakes)
   return config
+
+
+def _at_home(word: str) -> str:
+  """A word with the home for `~` where that begins a path: a shell does it for whole words."""
+  return re.sub(r'(^|[=,])~(?=/|$)', lambda found: found[1] + os.path.expanduser('~'), word)
 
 
 def _config_file(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -129,7 +124,7 @@ def _config_file(words: Sequence[str]) -> tuple[str, list[str]]:
       break
   if not where:
     raise mistake('--config', 'none', 'a config file', '--config=configs/….py')
-  return where, words
+  return _at_home(where), words
 
 
 def _load(where: str) -> ConfigDict:

@@ -11,10 +11,11 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from os.path import expanduser
 
 from etils import epath
 
-from gptjax import beams, decode, flags, trained
+from gptjax import beams, decode, trained
 from gptjax.config import check_seed
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.decode import Decoder
@@ -78,11 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   which = parser.add_mutually_exclusive_group(required=True)
-  which.add_argument('--workdir', help='of the run whose last checkpoint speaks')
-  which.add_argument('--hf', metavar='DIR', help='a GPT-2 or GPT-Neo of Hugging Face instead')
+  which.add_argument('--workdir', type=expanduser, help='of the run whose last checkpoint speaks')
+  which.add_argument(
+    '--hf', type=expanduser, metavar='DIR', help='a GPT-2 or GPT-Neo of Hugging Face instead'
+  )
   what = parser.add_mutually_exclusive_group()
   what.add_argument('--prompt', help='what to go on from')
-  what.add_argument('--prompts', metavar='FILE', help='many of them')
+  what.add_argument('--prompts', type=expanduser, metavar='FILE', help='many of them')
   what.add_argument('--interactive', action='store_true', help='asks for one after the other')
   parser.add_argument('--tokens', type=int, default=100, help='at most (100)')
   parser.add_argument('--temperature', type=float, help=f'0: always the likeliest ({WARMTH})')
@@ -263,5 +266,5 @@ def _converse(a: argparse.Namespace, text: Tokenizer, decoder: Decoder) -> None:
 
 
 if __name__ == '__main__':
-  with told_plainly(), flags.told_where_stopped():
+  with told_plainly():
     main()

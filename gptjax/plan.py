@@ -37,8 +37,8 @@ AUTO = {'mesh.slow_axes': 'auto'}  # a mesh that is tried lies as it would by it
 OPTIONS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 OPTIONS.add_argument('--topology', default='')
 OPTIONS.add_argument('--search', default='0')
-OPTIONS.add_argument('--json', default='')
-OPTIONS.add_argument('--save', default='')
+OPTIONS.add_argument('--json', type=os.path.expanduser, default='')
+OPTIONS.add_argument('--save', type=os.path.expanduser, default='')
 
 
 def main(config: ConfigDict, options: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ import time
 
 import jax
 
+from gptjax.errors import told_as
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
@@ -27,14 +29,25 @@ def age() -> float:
   return time.clock_gettime(time.CLOCK_BOOTTIME) - int(began()) / os.sysconf('SC_CLK_TCK')
 
 
+def found() -> list[jax.Device]:
+  """All devices that JAX finds.
+
+  Raises:
+    Mistake: if there are none of the platform that it is asked for.
+  """
+  kinds = RuntimeError, AssertionError  # the second for CUDA without its plugin
+  with told_as('devices', 'some that JAX finds', 'another JAX_PLATFORMS', *kinds):
+    return jax.devices()
+
+
 def devices() -> list[jax.Device]:
-  """All that JAX finds; a CPU computes in the thread that asks it to, for `keep_memory`.
+  """The same; a CPU computes in the thread that asks it to, for `keep_memory`.
 
   Not where processes train together: it would wait in a collective for one that has ended.
   """
   if not jax.distributed.is_initialized():
     jax.config.update('jax_cpu_enable_async_dispatch', False)
-  return jax.devices()
+  return found()
 
 
 def waits_for(device: jax.Device) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import io
 import math
+import os
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -53,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog='python -m gptjax.report', description=__doc__)
   parser.add_argument('workdirs', nargs='+', metavar='WORKDIR', help='the workdir of a run')
   parser.add_argument(
-    '--out', metavar='FILE.png', help='default: report.png, in the workdir if there is but one'
+    '--out',
+    type=os.path.expanduser,
+    metavar='FILE.png',
+    help='default: report.png, in the workdir if there is but one',
   )
   args = parser.parse_args(argv)
   runs = load(args.workdirs)

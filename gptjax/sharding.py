@@ -154,7 +154,8 @@ def check(shape: Shape, sizes: dict[str, int], n_devices: int) -> None:
         f'mesh of {factors}',
         f'{product} = {math.prod(sizes.values())} devices',
         f'{n_devices}, all there are',
-        'sizes of --config.mesh whose product is the number of devices',
+        'sizes of --config.mesh whose product is the number of devices'
+        ' (of a CPU as many as XLA_FLAGS=--xla_force_host_platform_device_count=… says)',
       )
     )
   dims = {

@@ -48,8 +48,7 @@ def main(config: ConfigDict) -> None:
   check_knobs(config)
   compiler.fix_order(config.deterministic)
   found = hosts.join(config.hosts)
-  with told_as('devices', 'one that JAX finds', 'another JAX_PLATFORMS', RuntimeError):
-    devices = process.devices()
+  devices = process.devices()
   if found:
     hosts.say(f'hosts    {jax.process_count()}, {found}')
   code = 0
@@ -75,7 +74,7 @@ def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
   if config.log.wandb:
     metrics.import_wandb()  # before anything is made
   workdir = files.folder(config.workdir)
-  wanted, fix = 'a folder to read and write in', 'more room, or --config.workdir=runs/…'
+  wanted, fix = 'a folder to read and write in', 'making room, or --config.workdir=runs/…'
   with told_as(f'workdir {workdir}', wanted, fix, OSError):
     since = time.perf_counter() - process.age()
     files.make(workdir)
@@ -222,7 +221,7 @@ def origin_of(run: Run, corpora: Corpora) -> trained.Trained:
   for field in dataclasses.fields(run.program.shape):
     there, here = (getattr(shape, field.name) for shape in (origin.shape, run.program.shape))
     if there != here:
-      knob = 'pattern' if field.name == 'windows' else field.name
+      knob = 'pattern or window' if field.name == 'windows' else field.name
       what, fix = f'{field.name} of {path}', f'another --config.model.{knob}'
       mistakes.append(mistake(what, there, f'{here}, as in the config', fix))
   raise_all(mistakes)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import jax
 from etils import epath
 
-from gptjax import checkpoint, config, files, hf, sharding
+from gptjax import checkpoint, config, files, hf, process, sharding
 from gptjax.data import tokenizer
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import mistake, told_as
+from gptjax.errors import Mistake, mistake, told_as
 from gptjax.sizes import Shape
 from gptjax.step import Program
 
@@ -53,11 +53,12 @@ def look(path: str) -> Trained:
   Raises:
     Mistake: if there is none, or what is there does not belong together.
   """
+  process.found()  # what is wrong with devices is not wrong with the folder
   folder = files.folder(path)
   about = folder / 'config.json'
   if not about.exists():
     got, wanted = f'{path}, without a config.json', 'the workdir of a run, or a folder of weights'
-    raise mistake('model', got, wanted, 'training one, or --workdir=runs/…')
+    raise mistake('model', got, wanted, 'training one, or another path')
   wanted = 'the config of a run, or of a model of Hugging Face'
   with told_as(about, wanted, 'the folder as it was made', Exception):
     text = about.read_text()
@@ -77,9 +78,21 @@ def over(tensor: int, shape: Shape) -> Iterator[None]:
   Raises:
     Mistake: if there are fewer, or the model cannot be split like that.
   """
-  devices = jax.devices()
+  devices = process.found()
   if not 1 <= tensor <= len(devices):
     raise mistake('--tensor', tensor, f'1 … {len(devices)}, the devices here', '--tensor=1')
-  sharding.check(shape, dict.fromkeys(sharding.AXES, 1) | {'tensor': tensor}, tensor)
+  fits = [count for count in range(1, len(devices) + 1) if _splits(shape, count)]
+  if tensor not in fits:
+    wanted = 'a number that divides the heads, d_ff, the padded vocabulary and the context'
+    raise mistake('--tensor', tensor, wanted, f'--tensor= one of {", ".join(map(str, fits))}')
   with jax.set_mesh(sharding.make_mesh(1, 1, tensor, devices[:tensor])):
     yield
+
+
+def _splits(shape, count):
+  """Whether so many devices may split a model of a shape."""
+  try:
+    sharding.check(shape, dict.fromkeys(sharding.AXES, 1) | {'tensor': count}, count)
+  except Mistake:
+    return False
+  return True

@@ -1,6 +1,7 @@
 """What a user reads when something is wrong."""
 
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -108,3 +109,42 @@ def test_a_reader_that_goes_away_is_no_error():
     process.stdout.close()
     assert process.stderr.read() == b''
   assert process.returncode == 141
+
+
+@pytest.mark.parametrize('first, told', [('-m', ''), ('a/program', 'KeyboardInterrupt')])
+def test_ctrl_c_ends_a_program_that_still_imports(run_python, first, told):
+  """Without an exception, of which an extension may crash; who imports gptjax decides itself."""
+  interrupt = 'signal.raise_signal(signal.SIGINT)'
+  program = f'import signal, sys\nsys.argv[0] = {first!r}\nimport gptjax\n{interrupt}'
+  done = run_python(program, timeout=60, code=-signal.SIGINT)
+  assert done.stderr.strip().endswith(told) and bool(done.stderr) == bool(told)
+
+
+@pytest.mark.parametrize('first', ['-m', 'a/program'])
+def test_ctrl_c_at_the_door_is_told(run_python, first):
+  program = f"""
+import signal, sys
+sys.argv[0] = {first!r}
+from gptjax.errors import *
+with told_plainly():
+  try:
+    signal.raise_signal(signal.SIGINT)
+  finally:
+    print('tidied')
+"""
+  done = run_python(program, timeout=60, code=130)
+  assert (done.stdout, done.stderr) == ('tidied\n', 'interrupted\n')
+
+
+def test_who_is_not_to_hear_ctrl_c_does_not(run_python):
+  """As a shell's `program &` wants it."""
+  program = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.argv[0] = '-m'
+from gptjax.errors import *
+with told_plainly():
+  signal.raise_signal(signal.SIGINT)
+  print('goes on')
+"""
+  assert run_python(program, timeout=60).stdout == 'goes on\n'

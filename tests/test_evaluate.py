@@ -79,6 +79,7 @@ def test_a_table_is_printed(say, tmp_path):
     (['--batch=200000000'], '--batch: got 200000000, wanted at most 4096'),
     (['--text='], 'what to score: got no text'),
     (['--log-probs=nowhere/a.jsonl'], 'nowhere/a.jsonl: got FileNotFoundError'),
+    (['--log-probs=tests'], 'tests: got IsADirectoryError'),
   ],
 )
 def test_mistakes_are_told(say, flags, told, tmp_path):

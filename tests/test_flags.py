@@ -61,6 +61,17 @@ def test_values(config_file):
   assert c.batch.ramp.tokens == 5 and c.batch.sequences == 8 and c.size == 'small'
 
 
+@pytest.mark.parametrize(
+  'given, want',
+  [('~/a', '/me/a'), ('~', '/me'), ('a=~/b,~/c=2', 'a=/me/b,/me/c=2')]
+  + [(name, name) for name in ('a~', 'a/~/b', '~a', 'x ~/b')],
+)
+def test_home_is_home(config_file, monkeypatch, given, want):
+  monkeypatch.setenv('HOME', '/me')
+  assert parse(config_file, f'--config.source={given}').source == want
+  assert parse(config_file, '--config.source', given).source == want
+
+
 def test_as_the_file_says_and_locked(config_file):
   c = parse(config_file)
   assert c.layers == 3 and c.on and c.name is None

@@ -313,6 +313,12 @@ def test_out_that_holds_something_else(tmp_path, folder, refused):
   assert 'holds something else' in refused(source=folder, out=tmp_path / 'mine' / 'thesis.txt')
 
 
+def test_a_config_of_another_program_is_told(run_python):
+  command = ['-m', 'gptjax.prepare', '--config=configs/tiny.py']
+  told = run_python(command, timeout=60, code=2).stderr
+  assert 'wanted a config of beam, context, ' in told and 'try --config=configs/corpus.py' in told
+
+
 def test_wrong_knobs_are_told_together(tmp_path, folder, refused):
   message = refused(
     source=folder,

@@ -34,8 +34,18 @@ def test_a_folder_without_a_model_is_told(tmp_path):
     trained.look(tmp_path)
 
 
+def test_devices_that_are_not_there_are_no_fault_of_the_folder(straight, run_python):
+  program = f"from gptjax import trained\ntrained.look('{straight[0]}')"
+  done = run_python(program, timeout=60, code=1, env={'JAX_PLATFORMS': 'abacus'})
+  assert 'Mistake: devices: got RuntimeError' in done.stderr and 'config.json' not in done.stderr
+
+
 def test_a_mesh_that_does_not_fit_is_told():
-  for tensor, told in ((0, 'got 0, wanted 1 … 8'), (9, 'got 9'), (3, 'over the mesh axis tensor')):
+  for tensor, told in (
+    (0, 'got 0, wanted 1 … 8'),
+    (9, 'got 9'),
+    (3, 'got 3, .*one of 1, 2'),
+  ):
     with pytest.raises(Mistake, match=told):
       with trained.over(tensor, small.SHAPE):
         raise AssertionError('no mesh should be set')
