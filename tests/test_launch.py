@@ -114,6 +114,13 @@ def verbs(folder):
 
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)
+def test_a_script_says_its_help(script):
+  done = subprocess.run([script, '--help'], capture_output=True, text=True, check=True)
+  lines = done.stdout.splitlines()
+  assert lines[2].startswith(f'  {script.relative_to(ROOT)} ') and '#' not in done.stdout
+
+
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
   shellcheck = pathlib.Path(sysconfig.get_path('scripts'), 'shellcheck')
   done = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
@@ -126,7 +133,7 @@ def test_shellcheck_finds_nothing(script):
     ('local_processes.sh', ['two'], 'wanted PROCESSES DEVICES'),
     ('local_processes.sh', ['2', '4', '--dry-run', *TRAIN], 'wanted PROCESSES DEVICES --config=…'),
     ('gpu.sh', [*TRAIN, '--dry-run'], 'wanted [--dry-run] --config=…'),
-    ('gpu_smoke.sh', ['--help'], "got '--help', wanted [--dry-run] --config.…"),
+    ('gpu_smoke.sh', ['--smoke'], "got '--smoke', wanted [--dry-run] --config.…"),
     ('slurm.sh', ['--nodes=2', *TRAIN], 'got no sbatch, wanted SLURM'),
     ('xpk.sh', [*XPK, *TRAIN], 'got no xpk'),
     ('gpu.sh', [], "got '', wanted [--dry-run] --config=…"),
