@@ -97,8 +97,9 @@ def resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> Run:
   remat = found.keep(_remat, config)
   apart = found.keep(_apart, config, devices[0].platform, remat)
   dropout = found.keep(_dropout, config)
-  if None not in (shape, dtype, dropout):
-    attention = config.compute.attention
+  attention = config.compute.attention
+  kernel = found.keep(kernels.named, attention, devices[0].platform)
+  if None not in (kernel, shape, dtype, dropout):
     attend = found.keep(kernels.choose, attention, devices, shape, dtype, dropout)
   optimizer = found.keep(_optimizer, config)
   total = found.keep(_total, config)

@@ -255,6 +255,20 @@ KERNELS = {
 AUTO = {'cpu': 'chunked', 'gpu': 'cudnn', 'tpu': 'splash'}
 
 
+def named(name: str, platform: str) -> str:
+  """The name in KERNELS of the kernel that a name, or 'auto', means on a platform.
+
+  Raises:
+    Mistake: if it is none.
+  """
+  chosen = AUTO.get(platform) if name == 'auto' else name
+  if chosen not in KERNELS:
+    got = f'{name!r} on platform {platform!r}'
+    wanted = f'one of {", ".join(KERNELS)}, or auto on {", ".join(AUTO)}'
+    raise mistake('compute.attention', got, wanted, ANYWHERE)
+  return chosen
+
+
 def choose(
   name: str, devices: Sequence[jax.Device], shape: Shape, dtype: jnp.dtype, dropout: float
 ) -> Callable:
@@ -271,11 +285,7 @@ def choose(
     Mistake: with all that the kernel cannot do. None ever takes the place of another.
   """
   device = devices[0]
-  chosen = AUTO.get(device.platform) if name == 'auto' else name
-  if chosen not in KERNELS:
-    got = f'{name!r} on platform {device.platform!r}'
-    wanted = f'one of {", ".join(KERNELS)}, or auto on {", ".join(AUTO)}'
-    raise mistake('compute.attention', got, wanted, ANYWHERE)
+  chosen = named(name, device.platform)
   what = f'attention kernel {chosen}' + f' (auto on {device.platform})' * (name == 'auto')
   kernel = KERNELS[chosen]
   limits = kernel.limits(device, shape, jnp.dtype(dtype), dropout)

@@ -239,6 +239,19 @@ def test_all_mistakes_are_told_at_once():
     assert word in str(e.value)
 
 
+def test_what_hangs_on_another_knob_is_told_beside_it():
+  wrong = {'compute__dtype': 'f8', 'compute__attention': 'flash', 'compute__microbatch': 0}
+  with pytest.raises(Mistake, match='4 mistakes') as e:
+    resolve(changed(batch__sequences=0, **wrong), jax.devices())
+  for word in ('dtype: got f8', "attention: got 'flash'", 'microbatch: got 0', 'sequences: got 0'):
+    assert word in str(e.value)
+
+
+def test_a_mesh_of_too_many_devices_asks_for_no_other_batch():
+  with pytest.raises(Mistake, match='^mesh of stage·data·fsdp·tensor: got [^\\n]*$'):
+    resolve(changed(mesh__data=9), jax.devices())
+
+
 @pytest.mark.parametrize(
   'platform, remat, layers, apart',
   [
