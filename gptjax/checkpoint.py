@@ -77,6 +77,7 @@ class Checkpoints:
     self._keep, self._keep_every = keep, keep_every
     self._thread = futures.ThreadPoolExecutor(1, 'checkpoints')
     self._pending: futures.Future | None = None
+    self._stale = False  # whether Orbax counts a checkpoint that is not there
 
   def latest(self) -> int | None:
     """Sequences consumed at the last finished checkpoint, None if there is none."""
@@ -175,9 +176,12 @@ class Checkpoints:
       Mistake: what went wrong with it, or with the one before, if `poll` has not told yet.
     """
     before = self._pending is not None
-    self.wait()
+    self._settle()
     args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
     with self._failure_told():
+      if self._stale:
+        self._manager.reload()
+        self._stale = False
       self._manager.save(sequences, args=args)
     self._pending = self._thread.submit(self._finish, sequences)
     return before
@@ -205,8 +209,7 @@ class Checkpoints:
       return False, None
     pending, self._pending = self._pending, None
     failed = pending.exception()
-    if failed:
-      self._manager.reload()  # it would count a checkpoint that is not there
+    self._stale |= failed is not None
     if failed and not isinstance(failed, Mistake):
       raise failed
     return True, failed
@@ -217,12 +220,16 @@ class Checkpoints:
     Raises:
       Mistake: what went wrong with the last save.
     """
+    self._settle()
+    return self.latest()
+
+  def _settle(self) -> None:
+    """The same, and looks at nothing: a bucket may be away."""
     if self._pending:
       futures.wait([self._pending])
     _, failed = self.poll()
     if failed:
       raise failed
-    return self.latest()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -239,7 +246,7 @@ class Checkpoints:
   def close(self) -> None:
     """Waits until everything is on disk."""
     try:
-      self.wait()
+      self._settle()
     finally:
       self._thread.shutdown()
       with self._failure_told():

@@ -11,7 +11,7 @@ from os.path import expanduser
 import jax
 import numpy as np
 
-from gptjax import hf_save, hf_tokenizer, products, trained
+from gptjax import files, hf_save, hf_tokenizer, products, trained
 from gptjax.errors import told_plainly
 from gptjax.sizes import Shape
 from gptjax.step import Program
@@ -36,11 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   run = trained.look(a.workdir)
   text = run.tokenizer()
   hf_tokenizer.check()
-  hf_save.claim(a.out)
-  with trained.over(1, run.shape):
-    params = run.params()
-    family = hf_save.save(a.out, run.shape, params, _logits(run.program), text.end_of_text)
-  hf_tokenizer.save(a.out, text, run.shape.context)
+  folder = hf_save.claim(a.out)
+  try:
+    with trained.over(1, run.shape):
+      params = run.params()
+      family = hf_save.save(a.out, run.shape, params, _logits(run.program), text.end_of_text)
+    hf_tokenizer.save(a.out, text, run.shape.context)
+  except BaseException:  # half of it would be in the way of the next export
+    if files.names(folder) or not files.in_bucket(folder):
+      folder.rmtree()
+    raise
   print(f'{run.shape.n_params:,} parameters as {family}, and their tokenizer, in {a.out}')
 
 

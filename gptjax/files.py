@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import socket
+import sys
 import urllib.request
 
 import fsspec
@@ -52,6 +53,12 @@ def _reach(bucket: str) -> None:
 def in_bucket(path: str | os.PathLike) -> bool:
   """Whether a path names what is in no folder of this machine."""
   return '://' in os.fspath(path)
+
+
+def failures() -> tuple[type[Exception], ...]:
+  """What is raised by a folder that cannot be read or written: buckets have a kind of their own."""
+  client = sys.modules.get('gcsfs.retry')
+  return (OSError, client.HttpError) if client else (OSError,)
 
 
 def make(folder: epath.Path) -> None:

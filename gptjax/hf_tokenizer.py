@@ -14,14 +14,13 @@ from gptjax.data.tokenizer import (
   BYTES_THERE,
   END_OF_TEXT,
   MODEL,
+  SPACE,
   Bytes,
   Gpt2,
   SentencePiece,
   Tokenizer,
 )
 from gptjax.errors import needs
-
-SPACE = '\u2581'  # as SentencePiece writes one
 
 
 def check() -> None:

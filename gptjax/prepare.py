@@ -215,7 +215,7 @@ def _make(
     )
   if not os.path.exists(os.path.join(work, tokenizers.CARD)):
     tokenizer = given or tokenizers.train_sentencepiece(
-      _sample(spooled, recipe.shards, TOKENIZER_BYTES), recipe.vocab_size
+      _Sample(spooled, recipe.shards, TOKENIZER_BYTES), recipe.vocab_size
     )
     tokenizer.save(work)
   jobs = [
@@ -229,14 +229,22 @@ def _make(
   shutil.rmtree(spooled)
 
 
-def _sample(spooled: str, count: int, most: int) -> Iterator[str]:
+@dataclasses.dataclass(frozen=True)
+class _Sample:
   """Training documents in seeded order, `most` bytes in all; validation is not looked at."""
-  for i in range(count):
-    for text in spool.Bucket(spooled, shards.bucket_name(dataset.TRAIN, i)):
-      yield text[:most].decode(errors='ignore')  # a cut may fall inside a character
-      most -= len(text)
-      if most <= 0:
-        return
+
+  spooled: str
+  count: int
+  most: int
+
+  def __iter__(self) -> Iterator[str]:
+    most = self.most
+    for i in range(self.count):
+      for text in spool.Bucket(self.spooled, shards.bucket_name(dataset.TRAIN, i)):
+        yield text[:most].decode(errors='ignore')  # a cut may fall inside a character
+        most -= len(text)
+        if most <= 0:
+          return
 
 
 def _given_tokenizer(tokenizer: str) -> tokenizers.Tokenizer:

@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Mistake: with all of the runs that have no metrics.
   """
   parser = argparse.ArgumentParser(prog='python -m gptjax.report', description=__doc__)
-  parser.add_argument('workdirs', nargs='+', metavar='WORKDIR', help='the workdir of a run')
+  parser.add_argument(
+    'workdirs', type=os.path.expanduser, nargs='+', metavar='WORKDIR', help='the workdir of a run'
+  )
   parser.add_argument(
     '--out',
     type=os.path.expanduser,

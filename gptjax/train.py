@@ -75,7 +75,7 @@ def train(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
     metrics.import_wandb()  # before anything is made
   workdir = files.folder(config.workdir)
   wanted, fix = 'a folder to read and write in', 'making room, or --config.workdir=runs/…'
-  with told_as(f'workdir {workdir}', wanted, fix, OSError):
+  with told_as(f'workdir {workdir}', wanted, fix, *files.failures()):
     since = time.perf_counter() - process.age()
     files.make(workdir)
     with Lease(workdir, enabled=hosts.first()), preemption.listening() as notice:

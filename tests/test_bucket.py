@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from benchmarks import chaos
-from gptjax import files, generate, journal, lease, metrics, report
+from gptjax import files, generate, integrity, journal, lease, metrics, report
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import resolve
 from gptjax.errors import Mistake
@@ -125,6 +125,38 @@ def test_what_was_not_finished_there_goes_aside_and_is_not_deleted(bucket, capsy
   assert 'aside    checkpoint 64: ' in capsys.readouterr().out
   assert files.names(folder) == ['32']
   assert tree(bucket / 'damaged') == {'64.unfinished/state/d/part', '64.unfinished.txt'}
+
+
+def test_a_save_that_failed_is_tried_again_when_the_bucket_is_back(bucket, monkeypatch):
+  folder, state = bucket / 'checkpoints', {'x': np.arange(4)}
+  write_list, names, away = integrity.write_list, files.names, []
+
+  def if_there(function):
+    def called(*args):
+      if away:
+        raise gcsfs.retry.HttpError({'code': 503, 'message': 'away'})
+      return function(*args)
+
+    return called
+
+  import gcsfs.retry
+
+  with Checkpoints(folder, keep=2) as checkpoints:
+    checkpoints.save(8, state, {})
+    checkpoints.wait()
+    monkeypatch.setattr(integrity, 'write_list', if_there(write_list))
+    monkeypatch.setattr(files, 'names', if_there(names))
+    monkeypatch.setattr(checkpoints._manager, 'reload', if_there(checkpoints._manager.reload))
+    away.append(True)
+    checkpoints.save(16, state, {})
+    for _ in range(2):  # the second is not even begun
+      with pytest.raises(Mistake, match='got HttpError: away'):
+        checkpoints.save(16, state, {})
+    away.clear()
+    checkpoints.save(16, state, {})
+    assert checkpoints.wait() == checkpoints.newest_whole() == 16
+    away.append(True)  # which does not matter to one that is done
+  assert gcsfs.retry.HttpError in files.failures()
 
 
 def same_run(bucket, straight, corpus):

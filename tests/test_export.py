@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from gptjax import export, trained
+from gptjax import export, hf_tokenizer, trained
 from gptjax.errors import Mistake
 from tests import small
 
@@ -34,6 +34,20 @@ def test_a_trained_run_says_the_same_there(straight, tmp_path, run_python):
     said = run_python(['-m', 'gptjax.generate', model, *greedy], timeout=120).stdout
     assert said == text.decode(made[0], skip_special_tokens=True) + '\n'
   assert 'a folder with files' in run_python(command, timeout=120, code=2).stderr
+
+
+def test_an_export_that_was_stopped_is_not_in_the_way(straight, tmp_path, monkeypatch):
+  words = [f'--workdir={straight[0]}', f'--out={tmp_path / "out"}']
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(hf_tokenizer, 'save', stop)
+    export.main(words)
+  assert not (tmp_path / 'out').exists()
+  export.main(words)
+  assert (tmp_path / 'out' / 'tokenizer.json').exists()
 
 
 def test_no_run_is_told(tmp_path):

@@ -267,6 +267,25 @@ def test_training_reads_very_long_lines():
   assert tokenizers.train_sentencepiece([one_line, 'x' * 100_000], 3000).vocab_size == 3000
 
 
+@pytest.mark.parametrize('rest', ['', ' a space'])
+def test_text_without_spaces_trains_a_tokenizer_that_knows_them(rest):
+  random = np.random.default_rng(0)
+  texts = [''.join(random.choice([*'ACGT'], 2000)) for _ in range(20)]
+  trained = tokenizers.train_sentencepiece([*texts, rest], 300)
+  text = '  AC GT\n\t \u2581 a'
+  assert trained.vocab_size == 300 and trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize('kind', [KeyboardInterrupt, OSError])
+def test_what_stops_the_texts_is_no_fault_of_the_vocabulary(kind):
+  def texts():
+    yield from SOURCES
+    raise kind
+
+  with pytest.raises(kind):
+    tokenizers.train_sentencepiece(texts(), 600)
+
+
 @pytest.mark.parametrize(
   ('texts', 'vocab_size', 'message'),
   [

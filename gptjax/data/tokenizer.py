@@ -21,6 +21,7 @@ from gptjax import files
 from gptjax.errors import mistake, told_as
 
 END_OF_TEXT = '<|endoftext|>'
+SPACE = '\u2581'  # as SentencePiece writes one
 CARD = 'tokenizer.json'  # kind and identity, beside whatever files the kind needs
 MODEL = 'tokenizer.model'
 RANKS = 'tokenizer.tiktoken'
@@ -252,12 +253,35 @@ def _theirs(card: epath.Path, about: dict) -> Tokenizer:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePiece:
   """A BPE model of exactly `vocab_size` pieces; the same texts give the same model, bit for bit.
 
+  Texts with next to no spaces are read twice: of a model without a piece for it, each space that
+  it meets would come back as another character.
+
   Raises Mistake when the texts are too few for the vocabulary, or the vocabulary for the texts.
   """
-  model = io.BytesIO()
+  model = _trained(texts, vocab_size)
+  pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+  if pieces.piece_to_id(SPACE) == pieces.unk_id():
+    model = _trained(texts, vocab_size, SPACE)
+  return SentencePiece(model)
+
+
+def _trained(texts, vocab_size, required=''):
+  """A model of SentencePiece as its bytes, with pieces for the characters that are required."""
+  model, raised = io.BytesIO(), []
+
+  def lines():
+    try:
+      yield from _training_lines(texts)
+    except BaseException as e:  # of which SentencePiece makes a complaint of its own
+      raised.append(e)
+      raise
+
+  train = sentencepiece.SentencePieceTrainer.train
+  if required:  # a model says all that it was asked for, and is another with ''
+    train = functools.partial(train, required_chars=required)
   try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_training_lines(texts),
+    train(
+      sentence_iterator=lines(),
       model_writer=model,
       model_type='bpe',
       vocab_size=vocab_size,
@@ -276,8 +300,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePiece:
       minloglevel=2,
     )
   except (RuntimeError, ValueError) as e:
-    raise _untrainable(str(e), vocab_size) from e
-  return SentencePiece(model.getvalue())
+    raise raised[0] if raised else _untrainable(str(e), vocab_size) from e
+  return model.getvalue()
 
 
 def load(path: str) -> Tokenizer:
