@@ -79,6 +79,7 @@ def costs(mesh):
   return found.flops / 1e6, held / 1e6, dict(sorted(exchanged.items()))
 
 
+@pytest.mark.skipif(not jax.__version__.startswith('0.10.'), reason='recorded with JAX 0.10')
 @pytest.mark.parametrize(
   'name',
   [pytest.param(name, marks=pytest.mark.slow) if 'stage' in name else name for name in MESHES],
