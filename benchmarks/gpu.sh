@@ -20,7 +20,7 @@
 # Wants an environment with gptjax, its tests' packages, a JAX for the GPU and a torch for it; PYTHON
 # names the interpreter. Without that torch ours is measured alone. Nothing is fetched.
 set -euo pipefail
-[[ "${1:-}" != --help ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
+[[ "${1:-}" != --help && "${1:-}" != -h ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 

@@ -70,6 +70,9 @@ def _names(folder, inside=''):
   """Of all files in a folder, but the lists."""
   for path in sorted(folder.iterdir()):
     name = f'{inside}{path.name}'
+    # Where others made the folder, in a bucket, by an empty object, it seems to be in itself.
+    if path.name == folder.name and not path.exists():
+      continue
     if path.is_dir():
       yield from _names(path, f'{name}/')
     elif not re.fullmatch(r'sums\.\d+-of-\d+\.json(\.incomplete)?', name):

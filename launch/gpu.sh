@@ -13,7 +13,7 @@
 # with --hosts this machine is one of several, as --config.hosts says it: auto, as in
 # launch/slurm.sh, or the first one's ADDRESS:PORT, how many, and which of them this is.
 set -euo pipefail
-[[ "${1:-}" != --help ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
+[[ "${1:-}" != --help && "${1:-}" != -h ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 

@@ -5,7 +5,7 @@
 #
 # Wants what launch/gpu.sh wants.
 set -euo pipefail
-[[ "${1:-}" != --help ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
+[[ "${1:-}" != --help && "${1:-}" != -h ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 

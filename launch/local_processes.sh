@@ -6,7 +6,7 @@
 # Names the process that dies first, and ends the others. After SIGTERM it ends with 75 when all is
 # saved, to be started again. PYTHON names the interpreter.
 set -euo pipefail
-[[ "${1:-}" != --help ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
+[[ "${1:-}" != --help && "${1:-}" != -h ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 

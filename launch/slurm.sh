@@ -21,7 +21,7 @@
 #SBATCH --signal=TERM@120
 #SBATCH --open-mode=append
 set -euo pipefail
-[[ "${1:-}" != --help ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
+[[ "${1:-}" != --help && "${1:-}" != -h ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 # SLURM runs a copy of this file that lies elsewhere, in the folder where sbatch was.
 [ "${SLURM_JOB_ID:-}" ] || cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 

@@ -23,7 +23,7 @@
 # Wants gcloud, logged in, and its key in ssh-agent (ssh-add ~/.ssh/google_compute_engine). The run
 # ends with this command, so start it where it may stay; started again, it goes on.
 set -euo pipefail
-[[ "${1:-}" != --help ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
+[[ "${1:-}" != --help && "${1:-}" != -h ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 mistake() {

@@ -18,7 +18,7 @@
 #
 # Wants xpk and its tools (gcloud, kubectl, crane), and a cluster that xpk made.
 set -euo pipefail
-[[ "${1:-}" != --help ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
+[[ "${1:-}" != --help && "${1:-}" != -h ]] || { sed -En '2,/^set/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 mistake() {

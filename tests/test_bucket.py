@@ -127,6 +127,16 @@ def test_what_was_not_finished_there_goes_aside_and_is_not_deleted(bucket, capsy
   assert tree(bucket / 'damaged') == {'64.unfinished/state/d/part', '64.unfinished.txt'}
 
 
+def test_what_a_console_calls_a_folder_is_no_damage(bucket):
+  folder, state = bucket / 'checkpoints', {'x': np.arange(4)}
+  with Checkpoints(folder, keep=2) as checkpoints:
+    checkpoints.save(8, state, {})
+    assert checkpoints.wait() == 8
+    for name in ('8', '8/state'):
+      fsspec.filesystem('gs').pipe_file(f'{folder}/{name}/', b'')
+    assert checkpoints.newest_whole() == 8
+
+
 def test_a_save_that_failed_is_tried_again_when_the_bucket_is_back(bucket, monkeypatch):
   folder, state = bucket / 'checkpoints', {'x': np.arange(4)}
   write_list, names, away = integrity.write_list, files.names, []
