@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from gptjax import checkpoint, flags, kernels, products, schedule, sharding, skips
+from gptjax import checkpoint, flags, kernels, process, products, schedule, sharding, skips
 from gptjax.data import mixture
 from gptjax.errors import Mistake, mistake, raise_all, told_as
 from gptjax.model import REMAT, Numerics
@@ -220,12 +220,12 @@ def reopened(text: str) -> Program:
   config.mesh = ConfigDict(dict.fromkeys(sharding.AXES, 1) | {'slow_axes': 'auto'})
   config.compute.microbatch = 1
   config.compute.attention = 'chunked'  # any machine has it
-  return resolve(config, jax.devices()[:1]).program
+  return resolve(config, process.found()[:1]).program
 
 
 def untrained(shape: Shape) -> Program:
   """A program for weights that were trained elsewhere: to read with; what trains is not set."""
-  devices = jax.devices()
+  devices = process.found()
   dtype = jnp.dtype('float32' if devices[0].platform == 'cpu' else 'bfloat16')
   attend = kernels.choose('chunked', devices, shape, dtype, 0.0)
   numerics = _numerics(devices[0].platform, dtype, attend, 'none', False, 0.0)

@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       family = hf_save.save(a.out, run.shape, params, _logits(run.program), text.end_of_text)
     hf_tokenizer.save(a.out, text, run.shape.context)
   except BaseException:  # half of it would be in the way of the next export
-    if files.names(folder) or not files.in_bucket(folder):
-      folder.rmtree()
+    files.remove(folder)
     raise
   print(f'{run.shape.n_params:,} parameters as {family}, and their tokenizer, in {a.out}')
 

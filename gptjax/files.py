@@ -67,6 +67,12 @@ def make(folder: epath.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def remove(folder: epath.Path) -> None:
+  """Deletes a folder that was made, and what is in it. In a bucket there may be nothing yet."""
+  if not in_bucket(folder) or names(folder):
+    folder.rmtree()
+
+
 def names(folder: epath.Path) -> list[str]:
   """Of what is in a folder, in order; none where there is no such folder."""
   try:

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from absl import flags
@@ -37,8 +36,7 @@ def run(
     config = parse([sys.argv[0], *words], vars(own) if options else ())
     # Libraries with absl flags of their own refuse to be used before these are parsed.
     flags.FLAGS(sys.argv[:1])
-    with _lacks_nothing(sys.argv):
-      main(config, own) if options else main(config)
+    main(config, own) if options else main(config)
 
 
 @contextlib.contextmanager
@@ -53,20 +51,6 @@ def _ending_at_once() -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(e.code)
-
-
-@contextlib.contextmanager
-def _lacks_nothing(argv: Sequence[str]) -> Iterator[None]:
-  """Turns the read of a knob that the config has not into a Mistake: it is another entry's."""
-  try:
-    yield
-  except (AttributeError, KeyError) as e:
-    frames = traceback.extract_tb(e.__traceback__)
-    if 'ml_collections' not in frames[-1].filename:
-      raise
-    ours = [frame for frame in frames if 'ml_collections' not in frame.filename][-1]
-    told = f"{_config_file(argv[1:])[0]}, which lacks what '{ours.line}' reads"
-    raise mistake('--config', told, 'a config of this program', 'configs/… of its name') from e
 
 
 def parse(argv: Sequence[str], options: Collection[str] = ()) -> ConfigDict:

@@ -72,9 +72,9 @@ class Recipe:
 
 def main(config: ConfigDict) -> None:
   """Prepares the corpus a config asks for and prints what it holds."""
-  wanted = {'out', 'workers', 'beam', *(field.name for field in dataclasses.fields(Recipe))}
-  if wanted != {*config}:
-    got, wanted = (f'a config of {", ".join(sorted(names))}' for names in (config, wanted))
+  knobs = {'out', 'workers', 'beam', *(field.name for field in dataclasses.fields(Recipe))}
+  if knobs != {*config}:
+    got, wanted = (f'a config of {", ".join(sorted(names))}' for names in (config, knobs))
     raise mistake('--config', got, wanted, '--config=configs/corpus.py')
   if not config.out or re.search('^~|[=,]|://', config.out):
     wanted = 'the local folder to make, without ~ before and = or , in its name'

@@ -53,7 +53,6 @@ def look(path: str) -> Trained:
   Raises:
     Mistake: if there is none, or what is there does not belong together.
   """
-  process.found()  # what is wrong with devices is not wrong with the folder
   folder = files.folder(path)
   about = folder / 'config.json'
   if not about.exists():
@@ -81,8 +80,8 @@ def over(tensor: int, shape: Shape) -> Iterator[None]:
   devices = process.found()
   if not 1 <= tensor <= len(devices):
     raise mistake('--tensor', tensor, f'1 … {len(devices)}, the devices here', '--tensor=1')
-  fits = [count for count in range(1, len(devices) + 1) if _splits(shape, count)]
-  if tensor not in fits:
+  if not _splits(shape, tensor):
+    fits = [count for count in range(1, len(devices) + 1) if _splits(shape, count)]
     wanted = 'a number that divides the heads, d_ff, the padded vocabulary and the context'
     raise mistake('--tensor', tensor, wanted, f'--tensor= one of {", ".join(map(str, fits))}')
   with jax.set_mesh(sharding.make_mesh(1, 1, tensor, devices[:tensor])):

@@ -174,10 +174,7 @@ def test_a_model_of_hugging_face(say, tmp_path, straight):
     (['--stop='], 'wanted some text'),
     (['--seed=-1'], 'seed: got -1'),
     (['--seed=1180591620717411303424'], 'seed: got'),
-    (
-      ['--tensor=3'],
-      '--tensor: got 3, .* try --tensor= one of 1, 2, 4$',
-    ),
+    (['--tensor=3'], '--tensor: got 3, .* try --tensor= one of 1, 2, 4$'),
     (['--tensor=99'], '--tensor: got 99, wanted 1 … 8'),
     (['--prompts=nowhere.txt'], 'nowhere.txt: got FileNotFoundError'),
     (['--prompt=caf\udce9'], 'prompt: got UnicodeEncodeError: .*, wanted UTF-8 text'),

@@ -41,11 +41,7 @@ def test_devices_that_are_not_there_are_no_fault_of_the_folder(straight, run_pyt
 
 
 def test_a_mesh_that_does_not_fit_is_told():
-  for tensor, told in (
-    (0, 'got 0, wanted 1 … 8'),
-    (9, 'got 9'),
-    (3, 'got 3, .*one of 1, 2'),
-  ):
+  for tensor, told in ((0, 'got 0, wanted 1 … 8'), (9, 'got 9'), (3, 'got 3, .*one of 1, 2')):
     with pytest.raises(Mistake, match=told):
       with trained.over(tensor, small.SHAPE):
         raise AssertionError('no mesh should be set')
